@@ -1,0 +1,57 @@
+"""Federated aggregation of LoRA updates, one module at a time: pure functions of tensors.
+
+`aggregate` folds a round's updates into a `LayerState`, `readout` hands it out at any rank, `STRATEGIES` lists the
+ways to do it, `dense_average` is for tensors that are not LoRA factors. Nothing here forms a d×n matrix, reads a
+clock, file or setting.
+"""
+
+from glora_server.aggregation.api import aggregate, check_options, readout
+from glora_server.aggregation.dense import dense_average
+from glora_server.aggregation.diagnostics import ClientDiagnostics, Diagnostics, PrincipalAngles
+from glora_server.aggregation.errors import AggregationError
+from glora_server.aggregation.factors import ClientUpdate, delta_inner, delta_norm, gauge_fix, spectral_norm
+from glora_server.aggregation.state import LayerState, ReadoutStyle, canonical_state, empty_state
+from glora_server.aggregation.strategies import STRATEGIES, find_strategy
+from glora_server.aggregation.strategies.base import (
+    AggregationResult,
+    ClientContract,
+    InitSource,
+    Properties,
+    Strategy,
+    TrainMask,
+    UploadSet,
+)
+from glora_server.aggregation.strategies.options import ChoiceOption, NumberOption, Option, OptionValue
+
+__all__ = [
+    "STRATEGIES",
+    "AggregationError",
+    "AggregationResult",
+    "ChoiceOption",
+    "ClientContract",
+    "ClientDiagnostics",
+    "ClientUpdate",
+    "Diagnostics",
+    "InitSource",
+    "LayerState",
+    "NumberOption",
+    "Option",
+    "OptionValue",
+    "PrincipalAngles",
+    "Properties",
+    "ReadoutStyle",
+    "Strategy",
+    "TrainMask",
+    "UploadSet",
+    "aggregate",
+    "canonical_state",
+    "check_options",
+    "delta_inner",
+    "delta_norm",
+    "dense_average",
+    "empty_state",
+    "find_strategy",
+    "gauge_fix",
+    "readout",
+    "spectral_norm",
+]

@@ -1,0 +1,76 @@
+"""The two verbs of the package: fold a round's updates into a state, hand a state out at a rank."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from glora_server.aggregation.errors import DeviceError, RankError, StateError
+from glora_server.aggregation.factors import ClientUpdate, check_updates
+from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, check_state
+from glora_server.aggregation.strategies import find_strategy
+from glora_server.aggregation.strategies.base import AggregationResult, Strategy
+from glora_server.aggregation.strategies.options import OptionValue, resolve_options
+
+
+def aggregate(
+    strategy: str | Strategy,
+    state: LayerState | None,
+    updates: Sequence[ClientUpdate],
+    *,
+    rank: int,
+    round_index: int = 0,
+    **options: OptionValue,
+) -> AggregationResult:
+    """The next state of one module and its diagnostics; `state` None is the start.
+
+    rank is the server rank R. Options are those that the strategy declares. Small cores are float64; the new state
+    is float32 for float32, bfloat16 and float16 updates, float64 for float64, on the device of the updates. The
+    same inputs give the same bits on one device; the order of clients matters only to rounding. Raises an
+    AggregationError that names what is wrong.
+    """
+    chosen = find_strategy(strategy) if isinstance(strategy, str) else strategy
+    resolved = resolve_options(chosen.name, chosen.options, options)
+    if rank < 1:
+        raise RankError(f"The server rank is {rank}; it must be at least 1.")
+    check_updates(updates)
+    if state is not None:
+        _check_fits(state, chosen, updates[0])
+    return chosen.aggregate(state, updates, rank=rank, round_index=round_index, options=resolved)
+
+
+def readout(
+    state: LayerState,
+    rank: int,
+    scale: float,
+    *,
+    seed: int = 0,
+    module: str = "",
+    version: int = 0,
+    style: ReadoutStyle = "balanced",
+) -> tuple[Tensor, Tensor]:
+    """(b, a), d×rank and rank×n in the state's dtype: what its strategy hands to a device of that rank and scale.
+
+    For glora scale·b·a is the best rank-`rank` part of the state. Rows of directions that the state does not have
+    are made from (seed, module, version) and their number, so the rows of a smaller rank are the first ones of a
+    larger rank.
+    """
+    key = RefillKey(seed=seed, module=module, version=version)
+    return find_strategy(state.strategy).readout(state, rank, scale, key=key, style=style)
+
+
+def check_options(strategy: str, options: Mapping[str, OptionValue]) -> Mapping[str, OptionValue]:
+    """All options of the strategy with their values, defaults filled in; for the moment when a run is created."""
+    return resolve_options(strategy, find_strategy(strategy).options, options)
+
+
+def _check_fits(state: LayerState, strategy: Strategy, update: ClientUpdate) -> None:
+    check_state(state, out_features=update.b.shape[0], in_features=update.a.shape[1])
+    if state.u.device != update.b.device:
+        raise DeviceError(
+            f"The state is on {state.u.device} and the updates on {update.b.device}; move both to one device first."
+        )
+    if state.strategy != strategy.name:
+        raise StateError(
+            f"The state was made by {state.strategy!r} and is to be continued by {strategy.name!r}; start a new run, "
+            "or import the state with canonical_state."
+        )

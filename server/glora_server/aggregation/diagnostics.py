@@ -1,0 +1,114 @@
+"""What an aggregation tells about itself, all of it from small cores in the joint frame."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glora_server.aggregation.factors import COMPUTE_DTYPE, ClientUpdate, singular_values
+from glora_server.aggregation.frame import Coordinates
+from glora_server.aggregation.rules import RoundTerms, weighted_sum
+from glora_server.aggregation.state import LayerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientDiagnostics:
+    """One client in one module, in the order of the updates.
+
+    `share` is p_i; `votes` the number of directions it voted for (None where nobody votes); norms are Frobenius
+    norms of ΔW_i and of the change D_i = X_i − S; cosines compare ΔW_i and D_i with their weighted means (0 when
+    either is zero);
+    `capture` = ‖P·ΔW_i‖/‖ΔW_i‖, low when the client is orthogonal to the consensus (1 for a zero update).
+    """
+
+    rank: int
+    share: float
+    votes: int | None
+    update_norm: float
+    change_norm: float
+    cosine: float
+    change_cosine: float
+    capture: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrincipalAngles:
+    """Angles in radians between the column spaces of two versions, over the directions that the smaller one has."""
+
+    largest: float
+    mean: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diagnostics:
+    """One module in one round.
+
+    `eigenvalues` of K, the R largest (empty where no K is used); `eigengap` λ_R − λ_{R+1}; `sigma` of the new state;
+    `mean_norm` ‖ΣpX‖_F; `captured_energy` ‖S'‖²/‖ΣpX‖² and `truncation_error` ‖S' − ΣpX‖/‖ΣpX‖ (1 and 0 when ΣpX = 0);
+    `coverage` w_j = Σ_{i: r_i ≥ j} p_i for j = 1…R; `angles` to the previous version, None when either is the zero
+    state.
+    """
+
+    eigenvalues: tuple[float, ...]
+    eigengap: float | None
+    sigma: tuple[float, ...]
+    mean_norm: float
+    captured_energy: float
+    truncation_error: float
+    coverage: tuple[float, ...]
+    clients: tuple[ClientDiagnostics, ...]
+    angles: PrincipalAngles | None
+
+
+def coverage(updates: Sequence[ClientUpdate], weights: Sequence[float], rank: int) -> tuple[float, ...]:
+    """w_j for j = 1 … rank: the share of the weight that could train direction j."""
+    pairs = list(zip(updates, weights, strict=True))
+    return tuple(math.fsum(w for update, w in pairs if update.rank >= j) for j in range(1, rank + 1))
+
+
+def principal_angles(previous: LayerState | None, current: LayerState) -> PrincipalAngles | None:
+    """Angles between span(U) of two versions; small ones from arcsin, since arccos loses half the digits there."""
+    if previous is None or not previous.rank or not current.rank:
+        return None
+    first, second = previous.u.to(COMPUTE_DTYPE), current.u.to(COMPUTE_DTYPE)
+    if first.shape[1] < second.shape[1]:
+        first, second = second, first
+    overlap = first.mT @ second
+    cosines = singular_values(overlap).clamp(max=1.0)
+    sines = singular_values(second - first @ overlap).flip(0).clamp(max=1.0)
+    angles = torch.where(cosines > math.sqrt(0.5), sines.asin(), cosines.acos())
+    return PrincipalAngles(largest=float(angles.max()), mean=float(angles.mean()))
+
+
+def client_diagnostics(
+    terms: RoundTerms, updates: Sequence[ClientUpdate], votes: Sequence[int] | None, basis: Tensor
+) -> tuple[ClientDiagnostics, ...]:
+    """One record per client; `basis` (q×m, frame coordinates, orthonormal) spans what the new state can hold."""
+    frame, weights = terms.frame, terms.weights
+    mean_update = frame.coordinates(weighted_sum(terms.updates, weights))
+    mean_change = frame.coordinates(weighted_sum(terms.changes, weights))
+    mean_update_norm, mean_change_norm = mean_update.norm(), mean_change.norm()
+    records = []
+    for i, update in enumerate(updates):
+        own, change = frame.coordinates(terms.updates[i]), frame.coordinates(terms.changes[i])
+        own_norm, change_norm = own.norm(), change.norm()
+        inside = Coordinates(left=basis.mT @ own.left, right=own.right).norm()
+        records.append(
+            ClientDiagnostics(
+                rank=update.rank,
+                share=weights[i],
+                votes=None if votes is None else votes[i],
+                update_norm=own_norm,
+                change_norm=change_norm,
+                cosine=_cosine(own.inner(mean_update), own_norm * mean_update_norm),
+                change_cosine=_cosine(change.inner(mean_change), change_norm * mean_change_norm),
+                capture=min(1.0, inside / own_norm) if own_norm else 1.0,
+            )
+        )
+    return tuple(records)
+
+
+def _cosine(inner: float, norms: float) -> float:
+    return max(-1.0, min(1.0, inner / norms)) if norms else 0.0

@@ -1,0 +1,126 @@
+r"""One orthonormal frame for everything that a round says about a module.
+
+All matrices of a round are combinations of a few low-rank *blocks* (the state, the uploads, the adapters that were
+sent):
+:math:`X = \sum_k c_k L_kR_k^\top`. One Householder QR of all lefts and one of all rights,
+
+.. math:: [L_1 \dots L_m] = Q_L T_L, \qquad [R_1 \dots R_m] = Q_R T_R,
+
+turn each X into :math:`Q_L (T_L\,\mathrm{diag}(c)\,T_R^\top) Q_R^\top`, so that norms, inner products, singular
+vectors and projections are computed in coordinates of at most `cols` = Σ ranks numbers. Q_L and Q_R stay
+Householder reflectors and are only applied to the few columns that are wanted. Each column's rounding error is
+relative to its own norm, so an ill-conditioned gauge costs eps·‖b_k‖‖a_k‖ and no more. Coordinates never outgrow
+the stack that came in: q_L = min(d, cols), q_R = min(n, cols). Cost 2(d + n)·cols² for the frame, 4(d + n)·cols·R
+to come back.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from glora_server.aggregation.factors import COMPUTE_DTYPE, CompactSvd, core_svd, singular_values
+
+_ROWS_AT_A_TIME = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """One low-rank term: left (d×k) times right (k×n), any floating dtype."""
+
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """`coefficient` times the block at position `block` of the frame."""
+
+    block: int
+    coefficient: float
+
+
+Combination = tuple[Term, ...]
+"""A matrix as a sum of terms; the empty combination is zero."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coordinates:
+    """left (q_L×k) and right (q_R×k) with X = Q_L · left · rightᵀ · Q_Rᵀ; coefficients are folded into `left`."""
+
+    left: Tensor
+    right: Tensor
+
+    def magnitude(self) -> float:
+        """Σ_k ‖l_k‖‖r_k‖: what rounding errors of any arithmetic on X are relative to."""
+        return float((torch.linalg.vector_norm(self.left, dim=0) * torch.linalg.vector_norm(self.right, dim=0)).sum())
+
+    def norm(self) -> float:
+        """‖X‖_F, some rows at a time, so that a wide stack needs no d×n matrix."""
+        parts = (torch.linalg.matrix_norm(rows @ self.right.mT) for rows in torch.split(self.left, _ROWS_AT_A_TIME))
+        return math.hypot(*(float(part) for part in parts))
+
+    def inner(self, other: "Coordinates") -> float:
+        """⟨X, Y⟩ = Σ (L_XᵀL_Y)∘(R_XᵀR_Y)."""
+        return float(((self.left.mT @ other.left) * (self.right.mT @ other.right)).sum())
+
+    def spectral_norm(self) -> float:
+        """Largest singular value of X."""
+        t_left = torch.linalg.qr(self.left, mode="r").R
+        t_right = torch.linalg.qr(self.right, mode="r").R
+        values = singular_values(t_left @ t_right.mT)
+        return float(values[0]) if values.numel() else 0.0
+
+    def svd(self) -> CompactSvd:
+        """SVD of X in coordinates of the frame."""
+        return core_svd(self.left, self.right)
+
+
+class JointFrame:
+    """The frame of some blocks. Blocks must agree in d, n and device; nothing is changed in place."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._left = _Side([block.left for block in blocks])
+        self._right = _Side([block.right.mT for block in blocks])
+        ends = torch.tensor([block.left.shape[1] for block in blocks]).cumsum(0).tolist()
+        self._spans = [slice(end - block.left.shape[1], end) for end, block in zip(ends, blocks, strict=True)]
+
+    def coordinates(self, combination: Combination) -> Coordinates:
+        """The combination in coordinates; O(q) per column."""
+        left, right = self._left.triangle, self._right.triangle
+        if not combination:
+            return Coordinates(left=left[:, :0], right=right[:, :0])
+        return Coordinates(
+            left=torch.cat([left[:, self._spans[t.block]] * t.coefficient for t in combination], dim=1),
+            right=torch.cat([right[:, self._spans[t.block]] for t in combination], dim=1),
+        )
+
+    def lift_left(self, coordinates: Tensor) -> Tensor:
+        """Q_L · coordinates (q_L×m → d×m)."""
+        return self._left.lift(coordinates)
+
+    def lift_right(self, coordinates: Tensor) -> Tensor:
+        """Q_R · coordinates (q_R×m → n×m)."""
+        return self._right.lift(coordinates)
+
+
+class _Side:
+    """Householder QR of stacked columns, with Q kept as reflectors."""
+
+    def __init__(self, columns: Sequence[Tensor]) -> None:
+        stack = torch.cat([part.to(COMPUTE_DTYPE) for part in columns], dim=1)
+        self._packed, self._tau = torch.geqrf(stack)
+
+    @cached_property
+    def triangle(self) -> Tensor:
+        """T (q×cols), upper trapezoidal, q = min(rows, cols)."""
+        return self._packed[: self._tau.shape[-1]].triu()
+
+    def lift(self, coordinates: Tensor) -> Tensor:
+        q = self._tau.shape[-1]
+        padded = coordinates.new_zeros((self._packed.shape[0], coordinates.shape[1]))
+        padded[:q] = coordinates
+        return torch.ormqr(self._packed[:, :q], self._tau, padded)

@@ -1,0 +1,165 @@
+r"""GLoRA: average the true updates, project on the column space that the clients agree on.
+
+:math:`S' = P\,\Sigma_i p_iX_i,\ P = U_{ref}U_{ref}^\top`. The *rule* says what X_i is (`rules`), the *subspace*
+what U_ref is (`subspace`); neither sees factors, only products, so the result cannot depend on a device's gauge.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from typing_extensions import override
+
+from glora_server.aggregation.diagnostics import (
+    Diagnostics,
+    client_diagnostics,
+    coverage,
+    principal_angles,
+)
+from glora_server.aggregation.factors import (
+    ClientUpdate,
+    CompactSvd,
+    default_rank_tol,
+    normalised_weights,
+    state_dtype,
+)
+from glora_server.aggregation.frame import Coordinates
+from glora_server.aggregation.rules import RoundTerms, Rule, round_terms
+from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, slice_readout, state_from_svd
+from glora_server.aggregation.strategies.base import (
+    AggregationResult,
+    ClientContract,
+    InitSource,
+    Properties,
+    Strategy,
+)
+from glora_server.aggregation.strategies.options import ChoiceOption, NumberOption, Option, OptionValue
+from glora_server.aggregation.subspace import Consensus, Subspace, consensus, rounding_floor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GloraOptions:
+    """The resolved options; see `Glora.options` for what they mean."""
+
+    subspace: Subspace
+    rule: Rule
+    eta: float
+    rank_tol: float | None
+    ridge_tau: float
+
+
+class Glora(Strategy):
+    """The strategy `glora`."""
+
+    name = "glora"
+    summary = "gauge-invariant: the mean of the true updates, projected on their common column space"
+    properties = Properties(gauge_invariant=True, exact=True, mixed_ranks=True)
+    options: tuple[Option, ...] = (
+        ChoiceOption(
+            name="subspace",
+            summary="how the common column space is chosen",
+            default=Subspace.PROJECTOR.value,
+            choices=tuple(Subspace),
+        ),
+        ChoiceOption(name="rule", summary="how an upload is read", default=Rule.DELTA.value, choices=tuple(Rule)),
+        NumberOption(name="eta", summary="server step on the change, for all rules but replace", default=1.0),
+        ChoiceOption(
+            name="accuracy",
+            summary="exact: 1e-5 of a float64 reference; fast: objective within 1 % (at present the same computation)",
+            default="exact",
+            choices=("exact", "fast"),
+        ),
+        NumberOption(
+            name="rank_tol",
+            summary="relative size below which a direction is wire rounding; by wire dtype if not given",
+            default=None,
+            at_most=1.0,
+        ),
+        NumberOption(name="ridge_tau", summary="relative σ of half a vote in subspace ridge", default=0.1),
+    )
+
+    @override
+    def contract(self, options: Mapping[str, OptionValue], *, round_index: int = 0) -> ClientContract:
+        """Readouts are trained and come back whole; under `frozen_tail` and `accumulate` S goes along, frozen."""
+        rule = _parsed(options).rule
+        frozen = rule in {Rule.FROZEN_TAIL, Rule.ACCUMULATE}
+        return ClientContract(
+            init=InitSource.FROZEN_STATE if frozen else InitSource.READOUT,
+            needs_sent=rule in {Rule.DELTA, Rule.FROZEN_TAIL},
+        )
+
+    @override
+    def aggregate(
+        self,
+        state: LayerState | None,
+        updates: Sequence[ClientUpdate],
+        *,
+        rank: int,
+        round_index: int,
+        options: Mapping[str, OptionValue],
+    ) -> AggregationResult:
+        """P·Σp_iX_i in the canonical gauge, cut to `rank`."""
+        chosen = _parsed(options)
+        tolerance = default_rank_tol(updates[0].b.dtype) if chosen.rank_tol is None else chosen.rank_tol
+        weights = normalised_weights([update.weight for update in updates])
+        terms = round_terms(chosen.rule, state, updates, weights, eta=chosen.eta)
+        rank = min(rank, updates[0].b.shape[0], updates[0].a.shape[1])
+        common = consensus(chosen.subspace, terms, rank=rank, rank_tol=tolerance, ridge_tau=chosen.ridge_tau)
+        mean = terms.frame.coordinates(terms.mean())
+        found = Coordinates(left=common.basis.mT @ mean.left, right=mean.right).svd()
+        inside = CompactSvd(u=common.basis @ found.u, sigma=found.sigma, v=found.v)
+        new = state_from_svd(
+            CompactSvd(u=terms.frame.lift_left(inside.u), sigma=inside.sigma, v=terms.frame.lift_right(inside.v)),
+            rank=rank,
+            dtype=state_dtype(updates[0].b.dtype),
+            strategy=self.name,
+            floor=rounding_floor(mean),
+        )
+        return AggregationResult(
+            state=new,
+            diagnostics=_diagnostics(terms, updates, common=common, mean=mean, previous=state, new=new, rank=rank),
+        )
+
+    @override
+    def readout(
+        self, state: LayerState, rank: int, scale: float, *, key: RefillKey, style: ReadoutStyle
+    ) -> tuple[Tensor, Tensor]:
+        """A slice: scale·b·a is the best rank-`rank` part of S."""
+        return slice_readout(state, rank, scale, key=key, style=style)
+
+
+def _parsed(options: Mapping[str, OptionValue]) -> GloraOptions:
+    eta, rank_tol, ridge_tau = (options[name] for name in ("eta", "rank_tol", "ridge_tau"))
+    return GloraOptions(
+        subspace=Subspace(str(options["subspace"])),
+        rule=Rule(str(options["rule"])),
+        eta=float(eta) if eta is not None else 1.0,
+        rank_tol=float(rank_tol) if rank_tol is not None else None,
+        ridge_tau=float(ridge_tau) if ridge_tau is not None else 0.1,
+    )
+
+
+def _diagnostics(
+    terms: RoundTerms,
+    updates: Sequence[ClientUpdate],
+    *,
+    common: Consensus,
+    mean: Coordinates,
+    previous: LayerState | None,
+    new: LayerState,
+    rank: int,
+) -> Diagnostics:
+    inside = Coordinates(left=common.basis.mT @ mean.left, right=mean.right).norm()
+    outside = Coordinates(left=mean.left - common.basis @ (common.basis.mT @ mean.left), right=mean.right).norm()
+    norm = mean.norm()
+    return Diagnostics(
+        eigenvalues=tuple(common.spectrum[:rank].tolist()),
+        eigengap=common.eigengap(rank),
+        sigma=tuple(new.sigma.tolist()),
+        mean_norm=norm,
+        captured_energy=min(1.0, (inside / norm) ** 2) if norm else 1.0,
+        truncation_error=outside / norm if norm else 0.0,
+        coverage=coverage(updates, terms.weights, rank),
+        clients=client_diagnostics(terms, updates, common.votes, common.basis),
+        angles=principal_angles(previous, new),
+    )
