@@ -14,6 +14,7 @@ MAX_HEADER_BYTES: Final = 4 * 1024 * 1024
 _LENGTH_BYTES: Final = 8
 _METADATA: Final = "__metadata__"
 _MAX_DIMENSIONS: Final = 8
+_MAX_NAME: Final = 512
 _MAX_ELEMENTS: Final = 2**48
 """Far above any tensor that fits a disk, far below what overflows a 64-bit product."""
 
@@ -95,6 +96,9 @@ def _metadata(value: object) -> dict[str, str]:
 
 
 def _entry(name: str, value: object, data_start: int) -> TensorEntry:
+    # Names are repeated in messages, logs and pages: no control characters, no lone surrogates.
+    if not name.isprintable() or not 1 <= len(name) <= _MAX_NAME:
+        _malformed(f"the tensor name {_short(name)} is not a printable text of at most {_MAX_NAME} characters")
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         _malformed(f"tensor {_short(name)} does not have exactly dtype, shape and data_offsets")
     code = value["dtype"]

@@ -155,7 +155,7 @@ def _told(status: status_pb2.Status) -> GloraError | None:
                 found = found or info.domain == DOMAIN
             elif detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
                 wait = max(retry.retry_delay.ToNanoseconds() / 1e9, 0.0)
-    except DecodeError:
+    except (DecodeError, ValueError):
         return None
     if not found:
         return None
@@ -186,4 +186,6 @@ _NEAREST: Final[Mapping[int, Reason]] = {
 
 
 def _cut(text: str, limit: int) -> str:
+    """At most `limit` characters that UTF-8 can spell (protobuf refuses lone surrogates)."""
+    text = text.encode("utf-8", "replace").decode()
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
