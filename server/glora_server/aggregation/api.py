@@ -28,6 +28,19 @@ def aggregate(
     same inputs give the same bits on one device; the order of clients matters only to rounding. Raises an
     AggregationError that names what is wrong.
     """
+    return aggregate_with_options(strategy, state, updates, rank=rank, options=options, round_index=round_index)
+
+
+def aggregate_with_options(
+    strategy: str | Strategy,
+    state: LayerState | None,
+    updates: Sequence[ClientUpdate],
+    *,
+    rank: int,
+    options: Mapping[str, OptionValue],
+    round_index: int = 0,
+) -> AggregationResult:
+    """`aggregate` for callers that hold a run's options as a mapping."""
     chosen = find_strategy(strategy) if isinstance(strategy, str) else strategy
     resolved = resolve_options(chosen.name, chosen.options, options)
     if rank < 1:

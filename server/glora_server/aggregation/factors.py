@@ -72,9 +72,10 @@ def svd(core: Tensor) -> CompactSvd:
 def singular_values(core: Tensor) -> Tensor:
     """Falling singular values of a small core. Raises ConvergenceError."""
     try:
-        return torch.linalg.svdvals(core)
+        values: Tensor = torch.linalg.svdvals(core)
     except _LinAlgError as error:
         raise _not_converged(core) from error
+    return values
 
 
 def core_svd(left: Tensor, right: Tensor) -> CompactSvd:
@@ -145,10 +146,12 @@ def normalised_weights(weights: Sequence[float]) -> tuple[float, ...]:
             raise WeightError(
                 f"Update {position} has weight {weight}; give a finite number of training rows, zero or more."
             )
-    total = math.fsum(weights)
-    if not math.isfinite(total) or total <= 0:
+    largest = max(weights)
+    if largest == 0:
         raise WeightError("All weights are zero, so there is no mean; at least one update must have a positive weight.")
-    return tuple(weight / total for weight in weights)
+    parts = [weight / largest for weight in weights]  # so that no sum can overflow
+    total = math.fsum(parts)
+    return tuple(part / total for part in parts)
 
 
 def check_updates(updates: Sequence[ClientUpdate]) -> None:
@@ -158,7 +161,7 @@ def check_updates(updates: Sequence[ClientUpdate]) -> None:
     first = updates[0]
     for position, update in enumerate(updates):
         name = f"Update {position}"
-        check_factors(update.b, update.a, name=name)
+        _check_form(update.b, update.a, name=name)
         _check_scales(update, name=name)
         if (update.b.shape[0], update.a.shape[1]) != (first.b.shape[0], first.a.shape[1]):
             raise ShapeError(
@@ -168,11 +171,17 @@ def check_updates(updates: Sequence[ClientUpdate]) -> None:
         if update.b.dtype != first.b.dtype:
             raise DtypeError(f"{name} is {update.b.dtype} and update 0 is {first.b.dtype}; a run has one wire dtype.")
         _check_device(update.b, first.b, name=name)
+        _check_finite(update.b, update.a, name=name)
         _check_sent(update, name=name)
 
 
 def check_factors(b: Tensor, a: Tensor, *, name: str) -> None:
     """Raise unless `b` (d×r) and `a` (r×n) are finite floating matrices of one rank, dtype and device."""
+    _check_form(b, a, name=name)
+    _check_finite(b, a, name=name)
+
+
+def _check_form(b: Tensor, a: Tensor, *, name: str) -> None:
     if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
         raise ShapeError(
             f"{name} has B {tuple(b.shape)} and A {tuple(a.shape)}; B must be out×r and A r×in with the same r."
@@ -182,6 +191,9 @@ def check_factors(b: Tensor, a: Tensor, *, name: str) -> None:
     if not b.dtype.is_floating_point or b.dtype != a.dtype:
         raise DtypeError(f"{name} has B {b.dtype} and A {a.dtype}; both must be the same floating dtype.")
     _check_device(b, a, name=name)
+
+
+def _check_finite(b: Tensor, a: Tensor, *, name: str) -> None:
     for label, tensor in (("B", b), ("A", a)):
         if not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(
@@ -226,8 +238,9 @@ def _check_sent(update: ClientUpdate, *, name: str) -> None:
     if update.sent is None:
         return
     b0, a0 = update.sent
-    check_factors(b0, a0, name=f"{name}, as sent,")
+    _check_form(b0, a0, name=f"{name}, as sent,")
     _check_device(b0, update.b, name=name)
+    _check_finite(b0, a0, name=f"{name}, as sent,")
     if (b0.shape[0], a0.shape[1]) != (update.b.shape[0], update.a.shape[1]):
         raise ShapeError(
             f"{name} was sent a {b0.shape[0]}×{a0.shape[1]} adapter and is {update.b.shape[0]}×{update.a.shape[1]}."

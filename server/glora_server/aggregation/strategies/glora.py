@@ -103,7 +103,7 @@ class Glora(Strategy):
         tolerance = default_rank_tol(updates[0].b.dtype) if chosen.rank_tol is None else chosen.rank_tol
         weights = normalised_weights([update.weight for update in updates])
         terms = round_terms(chosen.rule, state, updates, weights, eta=chosen.eta)
-        rank = min(rank, updates[0].b.shape[0], updates[0].a.shape[1])
+        rank = min(rank, updates[0].b.shape[0])  # not n: K may need more directions than S can have
         common = consensus(chosen.subspace, terms, rank=rank, rank_tol=tolerance, ridge_tau=chosen.ridge_tau)
         mean = terms.frame.coordinates(terms.mean())
         found = Coordinates(left=common.basis.mT @ mean.left, right=mean.right).svd()
