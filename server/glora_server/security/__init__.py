@@ -1,0 +1,1 @@
+"""Certificates, tokens and limits: who may talk to the server."""
