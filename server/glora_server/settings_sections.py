@@ -1,0 +1,134 @@
+"""The sections of the server's settings: meaning, unit and bounds of every key; `config` reads them."""
+
+from __future__ import annotations
+
+import ipaddress
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr
+
+from glora_server.validation_text import raise_problems
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class SettingsSection(BaseModel):
+    """Frozen and without room for misspelt keys; texts from the environment become numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _words(value: object) -> object:
+    return tuple(word.strip() for word in value.split(",") if word.strip()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_words)]
+"""A list in TOML; in the environment words with commas between them."""
+
+
+class GrpcSettings(SettingsSection):
+    """The port on which devices work (mutual TLS)."""
+
+    host: str = Field(default="0.0.0.0", min_length=1, description="Address to listen on.")  # noqa: S104 devices dial in
+    port: Port = Field(default=7443, description="TCP port; 0 = any free one.")
+    public_names: Names = Field(
+        default=(), description="Names and addresses by which devices reach the server; they go into its certificate."
+    )
+    public_host: str = Field(
+        default="", description="Name that join tokens tell devices to dial; empty = the first public name."
+    )
+    max_concurrent_uploads: int = Field(
+        default=4, ge=1, le=1024, description="Uploads taken in at the same time; the others are asked to come again."
+    )
+    wait_seconds_min: float = Field(
+        default=25.0, ge=1, le=3600, description="Seconds that an idle device's question stays open, at least."
+    )
+    wait_seconds_max: float = Field(default=45.0, ge=1, le=3600, description="Seconds that it stays open, at most.")
+
+    def model_post_init(self, _context: object, /) -> None:
+        """Check what no single key shows."""
+        if self.wait_seconds_max < self.wait_seconds_min:
+            sentence = f"must not be below wait_seconds_min ({self.wait_seconds_min:g})"
+            raise_problems("grpc", [(("wait_seconds_max",), sentence, self.wait_seconds_max)])
+
+
+class EnrolmentSettings(SettingsSection):
+    """The port for joining and for gRPC health (server TLS only)."""
+
+    host: str = Field(default="0.0.0.0", min_length=1, description="Address to listen on.")  # noqa: S104 devices dial in
+    port: Port = Field(default=7444, description="TCP port; 0 = any free one.")
+
+
+class HttpSettings(SettingsSection):
+    """The port of the REST API, the dashboard and the metrics."""
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
+    port: Port = Field(default=8080, description="TCP port; 0 = any free one.")
+    allow_insecure_remote: bool = Field(
+        default=False, description="Listen on an address that is not loopback although HTTP is not encrypted."
+    )
+    metrics_open: bool = Field(
+        default=False, description="/metrics answers without a token on every address (it always does on loopback)."
+    )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the port."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+    def model_post_init(self, _context: object, /) -> None:
+        """Refuse to send the admin token over a network in the clear unless somebody says so."""
+        if not self.loopback and not self.allow_insecure_remote:
+            sentence = (
+                "must be a loopback address such as 127.0.0.1, because HTTP here is not encrypted and would show the "
+                "admin token to the network; put a TLS proxy in front, or set http.allow_insecure_remote = true"
+            )
+            raise_problems("http", [(("host",), sentence, self.host)])
+
+
+class DatabaseSettings(SettingsSection):
+    """Where the truth is kept."""
+
+    url: SecretStr = Field(
+        default=SecretStr(""),
+        description="SQLAlchemy URL (postgresql+psycopg://user:password@host/glora); empty = SQLite in data_dir.",
+    )
+
+
+class BlobSettings(SettingsSection):
+    """Where uploads and rendered adapters are kept."""
+
+    url: str = Field(default="", description="fsspec URL; empty = the folder blobs in data_dir.")
+
+
+class WorkerSettings(SettingsSection):
+    """The process that does the numerics."""
+
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description='"auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N".',
+    )
+    threads: int = Field(default=0, ge=0, le=1024, description="torch threads; 0 = chosen from the number of cores.")
+
+
+class SecuritySettings(SettingsSection):
+    """Certificates."""
+
+    certificate_days: int = Field(default=90, ge=1, le=825, description="Days that a device's certificate is valid.")
+
+
+class LogSettings(SettingsSection):
+    """What is logged, and how."""
+
+    format: Literal["auto", "console", "json"] = Field(
+        default="auto", description='"console", "json" or "auto" (console on a terminal).'
+    )
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description='"debug", "info", "warning" or "error".'
+    )
