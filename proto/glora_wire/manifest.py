@@ -203,7 +203,7 @@ def adapter_specs(
 def _init_document(init: DenseInit) -> dict[str, object]:
     match init:
         case NormalInit(std=std):
-            return {"kind": "normal", "std": std}
+            return {"kind": "normal", "std": float(std)}
         case ZerosInit():
             return {"kind": "zeros"}
         case BaseInit():
@@ -216,7 +216,6 @@ def _init_from(node: strict_json.Node) -> DenseInit:
     kind = node.mapping().get("kind")
     match kind.text() if kind is not None else None:
         case "normal":
-            # float() so that "1" and "1.0" give the same canonical text.
             return NormalInit(node.record(frozenset({"kind", "std"}))["std"].real())
         case "zeros":
             node.record(frozenset({"kind"}))
