@@ -119,6 +119,17 @@ def test_an_untouched_device_does_not_undo_what_another_learned() -> None:
     assert torch.allclose(dense_state(new), expected, atol=1e-4)
 
 
+def test_an_untouched_adapter_is_reported_as_no_change() -> None:
+    g = generator(4)
+    state = canonical_state(randn(g, 30, 6).float(), randn(g, 6, 20).float(), rank=6)
+    sent = readout(state, 3, 1.0)
+    moved = ClientUpdate(sent[0] + 0.1, sent[1], 1.0, 1.0, sent=sent)
+    seen = aggregate("glora", state, [ClientUpdate(*sent, 1.0, 1.0, sent=sent), moved], rank=6).diagnostics.clients
+    assert (seen[0].change_norm, seen[0].change_cosine) == (0.0, 0.0)
+    assert seen[0].update_norm == pytest.approx(float(product(*sent).norm()))
+    assert seen[1].change_cosine == pytest.approx(1.0)
+
+
 def test_sent_scale_is_used_where_a_device_has_its_own_scale() -> None:
     g = generator(6)
     state = canonical_state(randn(g, 12, 3), randn(g, 3, 10), rank=3)
@@ -194,13 +205,16 @@ def test_diagnostics_say_what_dense_matrices_say() -> None:
     assert seen.coverage == pytest.approx([1, 1, *[1 - updates[0].weight / total], *[updates[2].weight / total] * 2])
     average = sum(u.weight / total * product(u.b, u.a, u.scale) for u in updates)
     assert isinstance(average, torch.Tensor)
+    moved = dense.mean - dense_state(state)
     for client, u in zip(seen.clients, updates, strict=True):
         own = product(u.b, u.a, u.scale)
         assert client.update_norm == pytest.approx(float(own.norm()))
         assert client.cosine == pytest.approx(float((own * average).sum() / own.norm() / average.norm()))
         assert client.capture == pytest.approx(float((dense.projector @ own).norm() / own.norm()))
         assert u.sent is not None
-        assert client.change_norm == pytest.approx(float((own - product(*u.sent, u.scale)).norm()))
+        change = own - product(*u.sent, u.scale)
+        assert client.change_norm == pytest.approx(float(change.norm()))
+        assert client.change_cosine == pytest.approx(float((change * moved).sum() / change.norm() / moved.norm()))
 
 
 def test_angles_between_versions() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.factors import COMPUTE_DTYPE, ClientUpdate, singular_values
-from glora_server.aggregation.frame import Coordinates
+from glora_server.aggregation.frame import Combination, Coordinates, rounding_floor
 from glora_server.aggregation.rules import RoundTerms, weighted_sum
 from glora_server.aggregation.state import LayerState
 
@@ -87,13 +87,13 @@ def client_diagnostics(
 ) -> tuple[ClientDiagnostics, ...]:
     """One record per client; `basis` (q×m, frame coordinates, orthonormal) spans what the new state can hold."""
     frame, weights = terms.frame, terms.weights
-    mean_update = frame.coordinates(weighted_sum(terms.updates, weights))
-    mean_change = frame.coordinates(weighted_sum(terms.changes, weights))
-    mean_update_norm, mean_change_norm = mean_update.norm(), mean_change.norm()
+    gram = frame.block_gram()
+    cosines = _cosines_to_mean(terms, terms.updates, gram)
+    change_cosines = _cosines_to_mean(terms, terms.changes, gram)
     records = []
     for i, update in enumerate(updates):
-        own, change = frame.coordinates(terms.updates[i]), frame.coordinates(terms.changes[i])
-        own_norm, change_norm = own.norm(), change.norm()
+        own = frame.coordinates(terms.updates[i])
+        own_norm, change_norm = own.norm(), _norm_beyond_rounding(frame.coordinates(terms.changes[i]))
         inside = Coordinates(left=basis.mT @ own.left, right=own.right).norm()
         records.append(
             ClientDiagnostics(
@@ -102,13 +102,25 @@ def client_diagnostics(
                 votes=None if votes is None else votes[i],
                 update_norm=own_norm,
                 change_norm=change_norm,
-                cosine=_cosine(own.inner(mean_update), own_norm * mean_update_norm),
-                change_cosine=_cosine(change.inner(mean_change), change_norm * mean_change_norm),
+                cosine=cosines[i] if own_norm else 0.0,
+                change_cosine=change_cosines[i] if change_norm else 0.0,
                 capture=min(1.0, inside / own_norm) if own_norm else 1.0,
             )
         )
     return tuple(records)
 
 
-def _cosine(inner: float, norms: float) -> float:
-    return max(-1.0, min(1.0, inner / norms)) if norms else 0.0
+def _norm_beyond_rounding(x: Coordinates) -> float:
+    """‖X‖_F, or 0 where terms cancel to nothing but rounding: an adapter that came back untouched."""
+    norm = x.norm()
+    return norm if norm > rounding_floor(x) else 0.0
+
+
+def _cosines_to_mean(terms: RoundTerms, combinations: Sequence[Combination], gram: Tensor) -> list[float]:
+    """cos(X_i, Σp_jX_j) for each combination, 0 where either is zero."""
+    vectors = torch.stack([terms.frame.coefficients(combination) for combination in combinations])
+    mean = terms.frame.coefficients(weighted_sum(combinations, terms.weights))
+    inner = vectors @ (gram @ mean)
+    norms = ((vectors @ gram) * vectors).sum(dim=1).clamp(min=0).sqrt() * (mean @ gram @ mean).clamp(min=0).sqrt()
+    cosines = torch.where(norms > 0, inner / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0.0)
+    return [float(cosine) for cosine in cosines.clamp(-1.0, 1.0).tolist()]

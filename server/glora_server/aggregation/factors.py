@@ -28,6 +28,8 @@ _LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch d
 COMPUTE_DTYPE = torch.float64
 """All cores are float64: float32 inputs then lose nothing to an ill-conditioned gauge, and cores are small."""
 
+EPS = torch.finfo(COMPUTE_DTYPE).eps
+
 
 @dataclass(frozen=True, slots=True)
 class ClientUpdate:

@@ -22,7 +22,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.factors import COMPUTE_DTYPE, CompactSvd, core_svd, singular_values
+from glora_server.aggregation.factors import COMPUTE_DTYPE, EPS, CompactSvd, core_svd, singular_values
 
 _ROWS_AT_A_TIME = 512
 
@@ -59,24 +59,31 @@ class Coordinates:
         return float((torch.linalg.vector_norm(self.left, dim=0) * torch.linalg.vector_norm(self.right, dim=0)).sum())
 
     def norm(self) -> float:
-        """‖X‖_F, some rows at a time, so that a wide stack needs no d×n matrix."""
+        """‖X‖_F; a wide stack goes some rows at a time, so that no d×n matrix is needed."""
+        if self.left.shape[1] < min(self.left.shape[0], self.right.shape[0]):
+            return float(torch.linalg.matrix_norm(self._core()))
         parts = (torch.linalg.matrix_norm(rows @ self.right.mT) for rows in torch.split(self.left, _ROWS_AT_A_TIME))
         return math.hypot(*(float(part) for part in parts))
 
-    def inner(self, other: "Coordinates") -> float:
-        """⟨X, Y⟩ = Σ (L_XᵀL_Y)∘(R_XᵀR_Y)."""
-        return float(((self.left.mT @ other.left) * (self.right.mT @ other.right)).sum())
-
     def spectral_norm(self) -> float:
         """Largest singular value of X."""
-        t_left = torch.linalg.qr(self.left, mode="r").R
-        t_right = torch.linalg.qr(self.right, mode="r").R
-        values = singular_values(t_left @ t_right.mT)
+        values = singular_values(self._core())
         return float(values[0]) if values.numel() else 0.0
 
     def svd(self) -> CompactSvd:
         """SVD of X in coordinates of the frame."""
         return core_svd(self.left, self.right)
+
+    def _core(self) -> Tensor:
+        t_left = torch.linalg.qr(self.left, mode="r").R
+        t_right = torch.linalg.qr(self.right, mode="r").R
+        core: Tensor = t_left @ t_right.mT
+        return core
+
+
+def rounding_floor(x: Coordinates) -> float:
+    """Size below which a singular value of X may be float64 rounding; larger when terms cancel or gauges are bad."""
+    return 32 * EPS * x.magnitude()
 
 
 class JointFrame:
@@ -97,6 +104,28 @@ class JointFrame:
             left=torch.cat([left[:, self._spans[t.block]] * t.coefficient for t in combination], dim=1),
             right=torch.cat([right[:, self._spans[t.block]] for t in combination], dim=1),
         )
+
+    def block_gram(self) -> Tensor:
+        """G (m×m), G_ij = ⟨block_i, block_j⟩ = Σ (L_iᵀL_j)∘(R_iᵀR_j): all inner products follow from it.
+
+        Block i reaches down to row `span.stop` of the triangles only, and G is symmetric: about cols³ flops in all.
+        """
+        left, right = self._left.triangle, self._right.triangle
+        widths = torch.tensor([span.stop - span.start for span in self._spans])
+        owner = torch.eye(len(widths), dtype=left.dtype).repeat_interleave(widths, dim=0).to(left.device)
+        gram = left.new_zeros((len(widths), len(widths)))
+        for i, span in enumerate(self._spans):
+            on_left = left[: span.stop, span].mT @ left[: span.stop, span.start :]
+            on_right = right[: span.stop, span].mT @ right[: span.stop, span.start :]
+            gram[i, i:] = (on_left * on_right).sum(dim=0) @ owner[span.start :, i:]
+        return gram + gram.triu(1).mT
+
+    def coefficients(self, combination: Combination) -> Tensor:
+        """The combination as a vector over the blocks, for use with `block_gram`."""
+        vector = self._left.triangle.new_zeros(len(self._spans))
+        for term in combination:
+            vector[term.block] += term.coefficient
+        return vector
 
     def lift_left(self, coordinates: Tensor) -> Tensor:
         """Q_L · coordinates (q_L×m → d×m)."""

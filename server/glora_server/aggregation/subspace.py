@@ -24,11 +24,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.factors import CompactSvd, numerical_rank, svd
-from glora_server.aggregation.frame import Coordinates
+from glora_server.aggregation.factors import EPS, CompactSvd, numerical_rank, svd
+from glora_server.aggregation.frame import rounding_floor
 from glora_server.aggregation.rules import RoundTerms
-
-EPS = torch.finfo(torch.float64).eps
 
 
 class Subspace(StrEnum):
@@ -88,11 +86,6 @@ def reveal(terms: RoundTerms, rank_tol: float) -> tuple[CompactSvd, ...]:
         keep = numerical_rank(found.sigma, tolerance=0.0, floor=floor)
         revealed.append(CompactSvd(u=found.u[:, :keep], sigma=found.sigma[:keep], v=found.v[:, :keep]))
     return tuple(revealed)
-
-
-def rounding_floor(x: Coordinates) -> float:
-    """Size below which a singular value of X may be float64 rounding; larger when terms cancel or gauges are bad."""
-    return 32 * EPS * x.magnitude()
 
 
 def consensus(subspace: Subspace, terms: RoundTerms, *, rank: int, rank_tol: float, ridge_tau: float) -> Consensus:

@@ -25,7 +25,7 @@ from glora_server.aggregation.factors import (
     normalised_weights,
     state_dtype,
 )
-from glora_server.aggregation.frame import Block, JointFrame, Term
+from glora_server.aggregation.frame import Block, JointFrame, Term, rounding_floor
 from glora_server.aggregation.rules import RoundTerms
 from glora_server.aggregation.state import (
     LayerState,
@@ -37,7 +37,6 @@ from glora_server.aggregation.state import (
 )
 from glora_server.aggregation.strategies.base import AggregationResult, ClientContract, Properties, Strategy
 from glora_server.aggregation.strategies.options import Option, OptionValue
-from glora_server.aggregation.subspace import rounding_floor
 
 
 class Fedit(Strategy):

@@ -23,7 +23,7 @@ from glora_server.aggregation.factors import (
     normalised_weights,
     state_dtype,
 )
-from glora_server.aggregation.frame import Coordinates
+from glora_server.aggregation.frame import Coordinates, rounding_floor
 from glora_server.aggregation.rules import RoundTerms, Rule, round_terms
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, slice_readout, state_from_svd
 from glora_server.aggregation.strategies.base import (
@@ -34,7 +34,7 @@ from glora_server.aggregation.strategies.base import (
     Strategy,
 )
 from glora_server.aggregation.strategies.options import ChoiceOption, NumberOption, Option, OptionValue
-from glora_server.aggregation.subspace import Consensus, Subspace, consensus, rounding_floor
+from glora_server.aggregation.subspace import Consensus, Subspace, consensus
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
