@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NoReturn
 
@@ -17,8 +17,10 @@ MAX_CONFIG_BYTES: Final = 256 * 1024
 _MAX_RANK: Final = 65_536
 _MAX_SCALE: Final = 1e6
 _MAX_COMPARISONS: Final = 4_000_000
-_MAX_REGEX_COMPARISONS: Final = 50_000
+_MAX_REGEX_STEPS: Final = 20_000_000_000
+"""Upper bound of the backtracking steps; about two seconds in the worst case, milliseconds for honest patterns."""
 _MAX_REGEX_CHARACTERS: Final = 256
+_QUANTIFIER: Final = re.compile(r"(?<!\()[+*?]")
 _LITERAL: Final = re.compile(r"[\w.-]+", re.ASCII)
 _SAFE_REGEX: Final = re.compile(r"(?:\\[.dwDW]|\[[\w-]+\]|\(\?:|[\w.\-^$|()+*?])+", re.ASCII)
 
@@ -106,8 +108,8 @@ def scales_from_config(text: str, modules: Sequence[str]) -> dict[str, ModuleSca
         _refuse(f"use_rslora is {_short(rslora)}, not true or false")
     ranks = {key: _whole(value, "rank_pattern") for key, value in _pattern(document, "rank_pattern").items()}
     alphas = {key: _real(value, "alpha_pattern") for key, value in _pattern(document, "alpha_pattern").items()}
-    rank_of = _Patterns(ranks, len(modules))
-    alpha_of = _Patterns(alphas, len(modules))
+    rank_of = _Patterns(ranks, modules)
+    alpha_of = _Patterns(alphas, modules)
     return {name: _scale(rank_of.find(name, rank), alpha_of.find(name, alpha), rslora) for name in modules}
 
 
@@ -124,11 +126,12 @@ class _Patterns:
     Keys come from devices and are run as regexes, so only those are taken whose matching time is bounded.
     """
 
-    def __init__(self, values: Mapping[str, float], modules: int) -> None:
-        regexes = sum(not _LITERAL.fullmatch(key) for key in values)
-        if len(values) * modules > _MAX_COMPARISONS or regexes * modules > _MAX_REGEX_COMPARISONS:
-            _refuse(f"it has {len(values)} patterns, too many for {modules} modules")
+    def __init__(self, values: Mapping[str, float], modules: Sequence[str]) -> None:
+        if len(values) * len(modules) > _MAX_COMPARISONS:
+            _refuse(f"it has {len(values)} patterns, too many for {len(modules)} modules")
         self._compiled = [(_tail(key), _compile(key), value) for key, value in values.items()]
+        if _steps(values, modules) > _MAX_REGEX_STEPS:
+            _refuse(f"its patterns take too long to match with {len(modules)} modules; name the modules in full")
 
     def find(self, name: str, default: float) -> float:
         """Value of the first pattern that matches `name`, else `default`."""
@@ -141,6 +144,17 @@ class _Patterns:
 def _tail(key: str) -> str:
     """What every name that `key` matches must end with; a cheap test before the regex."""
     return key.rpartition(".")[2] if _LITERAL.fullmatch(key) else ""
+
+
+def _steps(keys: Iterable[str], modules: Sequence[str]) -> int:
+    """Upper bound of the steps of all regexes: each repetition tries every length, PEFT's prefix being one more."""
+    powers = [0] * 4
+    for name in modules:
+        for power in range(1, 4):
+            powers[power] += len(name) ** power
+    return sum(
+        powers[1 + len(_QUANTIFIER.findall(key))] * (1 + key.count("|")) for key in keys if not _LITERAL.fullmatch(key)
+    )
 
 
 def _compile(key: str) -> re.Pattern[str]:
@@ -157,7 +171,7 @@ def _bounded(key: str) -> bool:
     return (
         len(key) <= _MAX_REGEX_CHARACTERS
         and _SAFE_REGEX.fullmatch(key) is not None
-        and len(re.findall(r"(?<!\()[+*?]", key)) <= 2
+        and len(_QUANTIFIER.findall(key)) <= 2
         and key.count("(") <= 2
         and not re.search(r"\)[+*?]", key)
     )

@@ -19,6 +19,7 @@ from glora_wire import strict_json
 from glora_wire.errors import GloraError, Reason
 from glora_wire.model_files import fingerprint_folder, fingerprint_of, model_files, tokenizer_fingerprint
 from glora_wire.names import dense_key, lora_key
+from glora_wire.payload import MAX_HEADER_BYTES
 from glora_wire.tensors import TensorDtype, TensorSpec
 
 __all__ = [
@@ -131,6 +132,7 @@ class Manifest:
         _check_labels(self)
         _check_modules(self)
         _check_dense(self)
+        _check_header_size(self)
 
     @property
     def digest(self) -> str:
@@ -307,6 +309,16 @@ def _check_dense(manifest: Manifest) -> None:
         if isinstance(dense.init, NormalInit) and not 0 < dense.init.std <= _MAX_STD:
             _refuse(f"{where}.init.std", f"is {dense.init.std}; it must be above 0 and at most {_MAX_STD}")
     _check_unique("dense", [dense.name for dense in manifest.dense])
+
+
+def _check_header_size(manifest: Manifest) -> None:
+    """Refuse what no payload could carry: a header over the limit would fail every transfer of every round."""
+    # Most that layout() writes for a tensor beside its name and its extents: quotes, keys, prefix, suffix, offsets.
+    beside = 128
+    size = sum(2 * (len(module.name) + beside) for module in manifest.modules)
+    size += sum(len(dense.name) + beside + 8 * len(dense.shape) for dense in manifest.dense)
+    if size > MAX_HEADER_BYTES:
+        _refuse("modules", f"would need a payload header of {size} bytes; the limit is {MAX_HEADER_BYTES}: adapt fewer")
 
 
 def _parents(name: str) -> Iterable[str]:

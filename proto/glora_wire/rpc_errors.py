@@ -150,10 +150,9 @@ def _told(status: status_pb2.Status) -> GloraError | None:
     found = False
     try:
         for detail in status.details:
-            if detail.Is(info.DESCRIPTOR):
-                detail.Unpack(info)
-                found = found or info.domain == DOMAIN
-            elif detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
+            if not found and detail.Unpack(info):
+                found = info.domain == DOMAIN
+            elif detail.Unpack(retry):
                 wait = max(retry.retry_delay.ToNanoseconds() / 1e9, 0.0)
     except (DecodeError, ValueError):
         return None

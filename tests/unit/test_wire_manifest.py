@@ -20,7 +20,7 @@ from glora_wire.manifest import (
     adapter_specs,
     fingerprint_of,
 )
-from glora_wire.payload import TensorDtype, TensorSpec
+from glora_wire.payload import MAX_HEADER_BYTES, TensorDtype, TensorSpec, layout
 
 FILES = {"model-00001-of-00002.safetensors": "a" * 64, "model-00002-of-00002.safetensors": "b" * 64}
 MANIFEST = Manifest(
@@ -158,6 +158,19 @@ def test_every_key_is_needed(key: str) -> None:
 )
 def test_texts_that_are_no_manifest(text: str) -> None:
     refused(text)
+
+
+def test_a_manifest_that_no_payload_could_carry_is_refused() -> None:
+    def wide(count: int) -> Manifest:
+        return replace(
+            MANIFEST, modules=tuple(ModuleShape("m" * 240 + str(index), 10**6, 10**6) for index in range(count))
+        )
+
+    most = 4 * 2**20 // (2 * (245 + 128))
+    specs = adapter_specs(wide(most), 65_536, TensorDtype.BFLOAT16)
+    assert 0.9 * MAX_HEADER_BYTES < len(layout(specs).header) <= MAX_HEADER_BYTES
+    with pytest.raises(GloraError, match="payload header"):
+        wide(most + 100)
 
 
 def test_specs_follow_the_manifest() -> None:

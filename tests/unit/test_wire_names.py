@@ -58,7 +58,7 @@ def peft_model(folder: Path, text: str) -> peft.PeftModel:
         max_position_embeddings=16,
         num_labels=3,
     )
-    base = transformers.AutoModelForSequenceClassification.from_config(config)
+    base = transformers.AutoModelForSequenceClassification.from_config(config)  # type: ignore[no-untyped-call]  # untyped in transformers
     lora = peft.PeftConfig.from_pretrained(str(folder))
     lora.inference_mode = False
     lora.base_model_name_or_path = None  # PEFT warns when it cannot confirm the name
