@@ -7,16 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import Literal, Self
 
 from glora_server.coordinator.model import Device, MetricPhase, Profile, Run, Version
 from glora_server.coordinator.ports import StrategyInfo
+from glora_server.coordinator.run_spec import RunSpec
 from glora_server.rounds.assignment import Assignment
 from glora_wire.digests import Digest
 from glora_wire.errors import Reason, Refusal
-
-if TYPE_CHECKING:
-    from glora_server.coordinator.run_spec import RunSpec
 
 AdapterUseName = Literal["train", "frozen", "merge", "evaluate"]
 """What a device does with an adapter that it downloads; AdapterUse of the protos in lower case."""

@@ -156,6 +156,9 @@ class LimitsSpec(Section):
         default=0, ge=0, le=10**12, description="Rows beyond which a device's weight no longer grows; 0 = no cap."
     )
     max_weight_share: float = Field(default=1.0, gt=0, le=1, description="Largest share of one device in a mean.")
+    allow_own_scale: bool = Field(
+        default=False, description="Take updates whose adapter_config says another scale than lora.scale."
+    )
 
 
 class EvaluationSpec(Section):

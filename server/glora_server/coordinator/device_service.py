@@ -1,0 +1,345 @@
+"""What devices ask in a round: work, adapters, and to be heard."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from glora_server.coordinator.engine import Engine
+from glora_server.coordinator.errors import not_yours
+from glora_server.coordinator.evaluations import has_unseen_version, next_evaluation
+from glora_server.coordinator.expectations import config_json, max_upload_bytes
+from glora_server.coordinator.hub import Hub
+from glora_server.coordinator.messages import (
+    AdapterOffer,
+    EvaluationRecord,
+    NoticeRecord,
+    OpenAdapter,
+    ProgressAnswer,
+    WorkAnswer,
+    WorkOffer,
+)
+from glora_server.coordinator.model import Device, DeviceState, Measurement, Profile, Run, Version
+from glora_server.coordinator.observer import Observer
+from glora_server.coordinator.opening import Opener, seed_of
+from glora_server.coordinator.ports import Store, StrategyInfo, UnitOfWork
+from glora_server.coordinator.readouts import Readouts
+from glora_server.coordinator.run_spec import RunSpec
+from glora_server.coordinator.staffing import candidate, requirements
+from glora_server.coordinator.views import LiveProgress
+from glora_server.rounds import assignment as machine
+from glora_server.rounds.assignment import (
+    AWAITED,
+    Accept,
+    Assignment,
+    AssignmentEvent,
+    AssignmentKind,
+    Complete,
+    Decline,
+    Deliver,
+    Fail,
+    Prolong,
+)
+from glora_server.rounds.ids import AssignmentId
+from glora_server.rounds.plan import refusal_for, training_refusal
+from glora_server.rounds.round import Moved
+from glora_server.rounds.run import RunPhase
+from glora_wire.digests import Digest
+from glora_wire.errors import GloraError, Reason, Refusal
+
+_STATES = {
+    DeviceState.PENDING: (Reason.DEVICE_PENDING, "waits for an operator: glora device approve {name}"),
+    DeviceState.SUSPENDED: (Reason.DEVICE_SUSPENDED, "was suspended by an operator; it may work again once approved"),
+    DeviceState.REVOKED: (Reason.DEVICE_REVOKED, "was revoked by an operator; it has to join again with a new token"),
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class DeviceService:
+    """The use cases of CoordinatorService, uploads excepted."""
+
+    store: Store
+    engine: Engine
+    opener: Opener
+    hub: Hub
+    readouts: Readouts
+    observer: Observer
+    strategies: dict[str, StrategyInfo]
+
+    async def identify(self, key_sha256: str) -> Device:
+        """The device that holds the key; raises when it may not speak now."""
+        device = await self.store.read(lambda uow: uow.devices.by_key(key_sha256))
+        if device is None:
+            raise GloraError(
+                Reason.CERTIFICATE_UNKNOWN,
+                "The server does not know this device's certificate; join again with a new token.",
+            )
+        if device.state is not DeviceState.APPROVED:
+            reason, what = _STATES[device.state]
+            message = f"Device {device.name} {what.format(name=device.name)}."
+            raise GloraError(reason, message, device=device.name)
+        self.hub.seen(device.id, self.engine.clock())
+        return device
+
+    async def wait_for_work(self, device: Device, profile: Profile, *, timeout: float) -> WorkAnswer:  # noqa: ASYNC109 - a long poll has one
+        """An offer as soon as there is one, else what speaks against it after `timeout` seconds."""
+        key = ("device", device.id)
+        until = time.monotonic() + timeout
+        answered = False
+        if self.hub.arrive(device.id, profile, self.engine.clock()):
+            await self.opener.device_arrived()
+        try:
+            while True:
+                seen = self.hub.signals.revision(key)
+                offer = await self._offer(device, profile)
+                left = until - time.monotonic()
+                if offer is not None or left <= 0:
+                    answered = True
+                    notices = () if offer else await self.store.read(partial(_notices, device, profile))
+                    return WorkAnswer(offer=offer, notices=notices)
+                await self.opener.device_arrived()
+                await self.hub.signals.wait(key, seen, left)
+        finally:
+            self.hub.leave(device.id, self.engine.clock(), lost=not answered)
+
+    async def _offer(self, device: Device, profile: Profile) -> WorkOffer | None:
+        open_ = await self.store.read(lambda uow: uow.rounds.open_for(device.id))
+        waiting = [a for a in open_ if a.phase in AWAITED]
+        waiting.sort(key=lambda a: a.kind is AssignmentKind.EVALUATE)
+        if not waiting and profile.evaluates and await self.store.read(has_unseen_version(device, profile)):
+            made = await self.store.write(lambda uow: next_evaluation(uow, device, profile, at=self.engine.clock()))
+            waiting = [made] if made is not None else []
+        if not waiting:
+            return None
+        return await self._describe(waiting[0])
+
+    async def _describe(self, assignment: Assignment) -> WorkOffer:
+        run, version, number = await self.store.read(partial(_context, assignment))
+        spec = RunSpec.from_json(run.spec_json)
+        train = assignment.kind is AssignmentKind.TRAIN
+        return WorkOffer(
+            assignment=assignment,
+            run=run,
+            spec=spec,
+            round_number=number,
+            version=version,
+            adapters=_adapters(assignment),
+            strategy=self.strategies[spec.strategy.name],
+            max_upload_bytes=max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype) if train else 0,
+            seed=seed_of(spec.seed, run.id, number, assignment.device_id),
+            deadline_at=await self._deadline(assignment),
+        )
+
+    async def _deadline(self, assignment: Assignment) -> float:
+        """Evaluations have no round whose deadline could move: they get their time again whenever they are offered."""
+        if assignment.kind is AssignmentKind.TRAIN:
+            return assignment.deadline_at
+        return max(assignment.deadline_at, self.engine.clock() + 600.0)
+
+    async def accepted(self, device: Device, assignment_id: AssignmentId) -> ProgressAnswer:
+        """The device took the work."""
+        return await self._report(device, assignment_id, Accept())
+
+    async def progress(  # noqa: PLR0917 - one argument a field of the report
+        self, device: Device, assignment_id: AssignmentId, phase: str, done: int, total: int, loss: float
+    ) -> ProgressAnswer:
+        """Show how far the device is; kept in memory only."""
+        assignment = await self.store.read(partial(_own, device, assignment_id))
+        if assignment.is_open:
+            loss = loss if math.isfinite(loss) else 0.0
+            live = LiveProgress(phase=phase, done=done, total=total, loss=loss, at=self.engine.clock())
+            self.hub.progress[assignment_id] = live
+            self.hub.run_changed(assignment.run_id)
+        return await self._answer(assignment)
+
+    async def declined(
+        self, device: Device, assignment_id: AssignmentId, refusal: Refusal, permanent: bool
+    ) -> ProgressAnswer:
+        """The device would not."""
+        return await self._report(device, assignment_id, Decline(refusal, permanent))
+
+    async def failed(
+        self, device: Device, assignment_id: AssignmentId, refusal: Refusal, permanent: bool
+    ) -> ProgressAnswer:
+        """The device could not."""
+        return await self._report(device, assignment_id, Fail(refusal, permanent))
+
+    async def measured(
+        self,
+        device: Device,
+        assignment_id: AssignmentId,
+        evaluations: Sequence[EvaluationRecord],
+        *,
+        complete: bool,
+    ) -> None:
+        """Store evaluations; `complete` ends an EVALUATE assignment."""
+        for item in evaluations:
+            _check_evaluation(item)
+        assignment = await self.store.write(partial(self._measured, device, assignment_id, tuple(evaluations)))
+        if complete and assignment.kind is AssignmentKind.EVALUATE and assignment.is_open:
+            await self._move(assignment, Complete())
+        self.hub.run_changed(assignment.run_id)
+
+    def _measured(
+        self, device: Device, assignment_id: AssignmentId, evaluations: tuple[EvaluationRecord, ...], uow: UnitOfWork
+    ) -> Assignment:
+        assignment = _own(device, assignment_id, uow)
+        version = uow.versions.get(assignment.version_id)
+        uow.measurements.put(
+            [
+                Measurement(
+                    assignment_id=assignment_id,
+                    run_id=assignment.run_id,
+                    device_id=device.id,
+                    version_id=version.id,
+                    version_number=version.number,
+                    phase=item.phase,
+                    rank=item.rank,
+                    loss=item.loss,
+                    accuracy=item.accuracy,
+                    rows=item.rows,
+                    seconds=item.seconds,
+                    measured_at=self.engine.clock(),
+                )
+                for item in evaluations
+            ]
+        )
+        return assignment
+
+    async def open_adapter(
+        self, device: Device, assignment_id: AssignmentId, key: str, offset: int, digest: Digest | None
+    ) -> OpenAdapter:
+        """The adapter file of an open assignment, rendered when it is asked for the first time."""
+        assignment = await self.store.read(partial(_own, device, assignment_id))
+        if not assignment.is_open:
+            raise _closed(assignment)
+        rank = next((offer.rank for offer in _adapters(assignment) if offer.key == key), None)
+        if rank is None:
+            raise GloraError(Reason.ADAPTER_UNKNOWN, f"The assignment has no adapter {key!r}.", adapter=key)
+        run, version, _ = await self.store.read(partial(_context, assignment))
+        readout = await self.readouts.ensure(run, version, rank)
+        _check_resume(readout.digest, offset, digest)
+        spec = RunSpec.from_json(run.spec_json)
+        path, release = await asyncio.to_thread(self.readouts.open, readout)
+        return OpenAdapter(
+            digest=readout.digest,
+            adapter_config_json=config_json(run.manifest, rank=rank, scale=spec.lora.scale, dropout=spec.lora.dropout),
+            path=path,
+            release=release,
+        )
+
+    async def delivered(self, device: Device, assignment_id: AssignmentId, key: str) -> None:
+        """An adapter went out whole."""
+        assignment = await self.store.read(partial(_own, device, assignment_id))
+        offers = _adapters(assignment)
+        if key == offers[-1].key and assignment.is_open:
+            await self._move(assignment, Deliver())
+
+    def sent(self, device: Device, assignment_id: AssignmentId, count: int) -> None:
+        """Count bytes that go to a device."""
+        self.hub.moved(assignment_id, down=count)
+        self.hub.seen(device.id, self.engine.clock())
+        self.observer.bytes_moved(down=count)
+
+    async def _report(self, device: Device, assignment_id: AssignmentId, event: AssignmentEvent) -> ProgressAnswer:
+        assignment = await self.store.read(partial(_own, device, assignment_id))
+        if assignment.is_open:
+            assignment = await self._move(assignment, event)
+        return await self._answer(assignment)
+
+    async def _move(self, assignment: Assignment, event: AssignmentEvent) -> Assignment:
+        if assignment.round_id is not None:
+            round_ = await self.engine.apply(assignment.round_id, Moved(assignment.id, event))
+            return round_.find(assignment.id)
+        at = self.engine.clock()
+        moved = machine.advance(assignment, event, at=at)
+        if isinstance(event, Accept):
+            moved = machine.advance(moved, Prolong(at + 3600.0), at=at)
+        if moved != assignment:
+            await self.store.write(lambda uow: uow.rounds.save_assignment(moved))
+            self.hub.run_changed(assignment.run_id)
+        return moved
+
+    async def _answer(self, assignment: Assignment) -> ProgressAnswer:
+        if assignment.is_open:
+            return ProgressAnswer(cancelled=False, deadline_at=await self._deadline(assignment))
+        return ProgressAnswer(
+            cancelled=True,
+            reason=str(assignment.reason or Reason.ASSIGNMENT_CLOSED),
+            deadline_at=assignment.deadline_at,
+        )
+
+
+def _adapters(assignment: Assignment) -> tuple[AdapterOffer, ...]:
+    if assignment.kind is AssignmentKind.EVALUATE:
+        return tuple(AdapterOffer(key=f"r{rank}", use="evaluate", rank=rank) for rank in assignment.ranks)
+    return (AdapterOffer(key="train", use="train", rank=assignment.rank),)
+
+
+def _own(device: Device, assignment_id: AssignmentId, uow: UnitOfWork) -> Assignment:
+    assignment = uow.rounds.assignment(assignment_id)
+    if assignment.device_id != device.id:
+        raise not_yours(assignment_id)
+    return assignment
+
+
+def _context(assignment: Assignment, uow: UnitOfWork) -> tuple[Run, Version, int]:
+    """Run, version, and the number of the round (evaluate: of the version)."""
+    version = uow.versions.get(assignment.version_id)
+    number = version.number if assignment.round_id is None else uow.rounds.get(assignment.round_id).number
+    return uow.runs.get(assignment.run_id), version, number
+
+
+def _notices(device: Device, profile: Profile, uow: UnitOfWork) -> tuple[NoticeRecord, ...]:
+    """Why the device gets no work, run by run."""
+    notices = []
+    for run in uow.runs.active():
+        if profile.run_name and profile.run_name not in {run.name, run.id}:
+            continue
+        refusal = _notice(uow, run, device, profile)
+        if refusal is not None:
+            notices.append(NoticeRecord(run_name=run.name, reason=refusal.reason, message=refusal.message))
+    return tuple(notices)
+
+
+def _notice(uow: UnitOfWork, run: Run, device: Device, profile: Profile) -> Refusal | None:
+    if run.phase is RunPhase.COMPLETED:
+        return Refusal(reason=Reason.RUN_COMPLETED, message=f"Run {run.name} is complete.")
+    if run.phase is RunPhase.PAUSED:
+        return Refusal(reason=Reason.RUN_PAUSED, message=f"Run {run.name} is paused.")
+    spec = RunSpec.from_json(run.spec_json)
+    _, declined = uow.rounds.declined_for(run.id).get(device.id, (0.0, None))
+    there = candidate(device, profile, declined)
+    needs = requirements(run, spec)
+    return refusal_for(there, needs) if profile.evaluates and not profile.trains else training_refusal(there, needs)
+
+
+def _check_resume(current: Digest, offset: int, wanted: Digest | None) -> None:
+    if offset > 0 and wanted != current:
+        raise GloraError(Reason.DIGEST_CHANGED, "The adapter is not the one that the download began with; start again.")
+    if not 0 <= offset <= current.size:
+        raise GloraError(
+            Reason.OFFSET_INVALID, f"The adapter has {current.size} bytes; {offset} is not a position in it."
+        )
+
+
+def _check_evaluation(item: EvaluationRecord) -> None:
+    if item.rows < 1 or not math.isfinite(item.loss) or not 0.0 <= item.accuracy <= 1.0 or item.rank < 1:
+        raise GloraError(
+            Reason.METRICS_INVALID,
+            f"An evaluation needs rows (got {item.rows}), a finite loss ({item.loss}), an accuracy from 0 to 1 "
+            f"({item.accuracy}) and a rank ({item.rank}).",
+        )
+
+
+def _closed(assignment: Assignment) -> GloraError:
+    return GloraError(
+        Reason.ASSIGNMENT_CLOSED,
+        f"The assignment is {assignment.phase.value}: {assignment.message or 'its round is over'}",
+        assignment=assignment.id,
+        phase=assignment.phase.value,
+    )

@@ -1,0 +1,23 @@
+"""Errors that several use cases raise alike."""
+
+from __future__ import annotations
+
+import errno
+
+from glora_wire.errors import GloraError, Reason
+
+
+def not_yours(assignment_id: str) -> GloraError:
+    """A device asked for an assignment that is not its own: it learns no more than that it does not exist."""
+    return GloraError(
+        Reason.ASSIGNMENT_UNKNOWN, f"There is no assignment {assignment_id} for this device.", assignment=assignment_id
+    )
+
+
+def storage_error(error: OSError) -> GloraError:
+    """What a failed write means for the one who sent the bytes."""
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return GloraError(
+            Reason.STORAGE_FULL, "The server's disk is full; the operator has been told, try again later."
+        )
+    return GloraError(Reason.INTERNAL, f"The server could not store the bytes: {error.strerror}.")

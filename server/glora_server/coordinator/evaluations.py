@@ -1,0 +1,74 @@
+"""Gives devices that evaluate every version, one after the other, the last one included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from glora_server.coordinator.model import Device, Page, Profile, Run, Version, new_id
+from glora_server.coordinator.ports import UnitOfWork
+from glora_server.coordinator.run_spec import RunSpec
+from glora_server.coordinator.staffing import candidate, requirements
+from glora_server.rounds.assignment import Assignment, AssignmentKind
+from glora_server.rounds.ids import AssignmentId
+from glora_server.rounds.plan import refusal_for
+from glora_server.rounds.run import RunPhase
+
+_PAGE = Page(size=1000)
+
+
+def next_evaluation(uow: UnitOfWork, device: Device, profile: Profile, *, at: float) -> Assignment | None:
+    """A stored offer for the oldest version that the device has not evaluated yet; None when there is none."""
+    if not profile.evaluates or profile.evaluation_rows < 1:
+        return None
+    for run in uow.runs.active():
+        version = _unseen_version(uow, run, device, profile)
+        if version is not None:
+            assignment = _offer(run, version, device, at=at)
+            uow.rounds.add_assignment(assignment)
+            return assignment
+    return None
+
+
+def has_unseen_version(device: Device, profile: Profile) -> Callable[[UnitOfWork], bool]:
+    """A question for the store: is there a version that the device could evaluate."""
+
+    def ask(uow: UnitOfWork) -> bool:
+        return any(_unseen_version(uow, run, device, profile) is not None for run in uow.runs.active())
+
+    return ask
+
+
+def _unseen_version(uow: UnitOfWork, run: Run, device: Device, profile: Profile) -> Version | None:
+    if run.phase not in {RunPhase.ACTIVE, RunPhase.PAUSED, RunPhase.COMPLETED}:
+        return None
+    if profile.run_name and profile.run_name not in {run.name, run.id}:
+        return None
+    spec = RunSpec.from_json(run.spec_json)
+    needs = replace(requirements(run, spec), tags=frozenset())
+    if refusal_for(candidate(device, profile, None), needs) is not None:
+        return None
+    seen = uow.rounds.evaluated(run.id)
+    unseen = [
+        version
+        for version in uow.versions.list(run.id, _PAGE).items
+        if not version.pruned and (device.id, version.id) not in seen
+    ]
+    return min(unseen, key=lambda version: version.number, default=None)
+
+
+def _offer(run: Run, version: Version, device: Device, *, at: float) -> Assignment:
+    spec = RunSpec.from_json(run.spec_json)
+    ranks = spec.evaluation_ranks
+    return Assignment(
+        id=AssignmentId(new_id(16)),
+        run_id=run.id,
+        round_id=None,
+        device_id=device.id,
+        kind=AssignmentKind.EVALUATE,
+        rank=max(ranks),
+        ranks=ranks,
+        version_id=version.id,
+        offered_at=at,
+        deadline_at=at + spec.policy.longest_seconds,
+    )

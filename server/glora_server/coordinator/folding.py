@@ -1,0 +1,259 @@
+"""Folds a round's accepted updates into the next version: part by part, then one transaction that makes it current.
+
+Parts of the unpublished version are written in short transactions while later ones are computed; the last
+transaction publishes the version, moves the run's pointer, ends the round and notes what is owed, together. The
+version's id is the round's id, so a second try after a crash finds what the first one left and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+
+import structlog
+
+from glora_server.coordinator.engine import Engine
+from glora_server.coordinator.expectations import check_scales
+from glora_server.coordinator.hub import Hub
+from glora_server.coordinator.model import (
+    ModuleDiagnostics,
+    Owed,
+    OwedKind,
+    Readout,
+    Run,
+    StatePart,
+    TensorKind,
+    Upload,
+    Version,
+)
+from glora_server.coordinator.numerics import retrying
+from glora_server.coordinator.observer import Observer
+from glora_server.coordinator.ports import (
+    AggregatedPart,
+    AggregateJob,
+    Blobs,
+    NumericsEngine,
+    Store,
+    StrategyChoice,
+    UnitOfWork,
+    UpdateRef,
+)
+from glora_server.coordinator.readouts import Readouts, shards
+from glora_server.coordinator.run_spec import RunSpec
+from glora_server.coordinator.transitions import Transition, step
+from glora_server.rounds.assignment import AssignmentPhase
+from glora_server.rounds.ids import VersionId
+from glora_server.rounds.round import AggregationDone, AggregationFailed, Round, RoundPhase
+from glora_server.rounds.weights import weights
+from glora_wire.errors import GloraError
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    run: Run
+    round: Round
+    base: Version
+    uploads: tuple[Upload, ...]
+
+
+class Folder:
+    """Performs the owed effect "aggregate"."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: Blobs,
+        numerics: NumericsEngine,
+        readouts: Readouts,
+        engine: Engine,
+        hub: Hub,
+        observer: Observer,
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._numerics = numerics
+        self._readouts = readouts
+        self._engine = engine
+        self._hub = hub
+        self._observer = observer
+        engine.handle(OwedKind.AGGREGATE, self.aggregate)
+
+    async def aggregate(self, owed: Owed) -> None:
+        """Make the version of the owed round; harmless when that was done before or the round was aborted."""
+        work = await self._store.read(partial(_load, owed))
+        if work is None:
+            return
+        begun = time.perf_counter()
+        try:
+            await self._make_parts(work)
+        except GloraError as error:
+            log.error(
+                "aggregation_failed",
+                run=work.run.name,
+                round=work.round.number,
+                reason=str(error.reason),
+                message=error.message,
+            )
+            await self._engine.apply(work.round.id, AggregationFailed(error.as_refusal()))
+            return
+        done, pruned = await self._store.write(partial(self._publish, work))
+        seconds = time.perf_counter() - begun
+        self._observer.aggregated(seconds=seconds, updates=len(work.uploads))
+        log.info(
+            "version_published",
+            run=work.run.name,
+            version=work.round.number,
+            updates=len(work.uploads),
+            seconds=round(seconds, 3),
+        )
+        self._engine.committed(done)
+        self._clean_up(work, pruned)
+        self._wake_evaluators()
+
+    async def _make_parts(self, work: _Work) -> None:
+        spec = RunSpec.from_json(work.run.spec_json)
+        names, done = await self._store.read(partial(_progress, work))
+        if done is None:
+            await self._store.write(partial(self._begin, work))
+        left = [name for name in names if name not in (done or ())]
+        with ExitStack() as files:
+            updates = await self._updates(work, spec, files)
+            for shard in shards(left, work.run.manifest, spec.lora.max_rank):
+                await self._make_shard(work, spec, updates, shard)
+
+    async def _make_shard(
+        self, work: _Work, spec: RunSpec, updates: tuple[UpdateRef, ...], names: Sequence[str]
+    ) -> None:
+        previous = await self._store.read(partial(_parts, work.base.id, names))
+        job = AggregateJob(
+            strategy=StrategyChoice(name=spec.strategy.name, options=spec.strategy.options),
+            parts=previous,
+            updates=updates,
+            rank=spec.lora.max_rank,
+            round_index=work.round.number - 1,
+            wire_dtype=spec.wire.dtype.value,
+        )
+        made = await retrying(partial(self._numerics.aggregate, job))
+        await self._store.write(partial(_put_parts, VersionId(work.round.id), made))
+
+    async def _updates(self, work: _Work, spec: RunSpec, files: ExitStack) -> tuple[UpdateRef, ...]:
+        shares = weights(
+            [upload.training_rows for upload in work.uploads],
+            max_rows=spec.limits.max_training_rows,
+            max_share=spec.limits.max_weight_share,
+        )
+        refs = []
+        for upload, share in zip(work.uploads, shares, strict=True):
+            rank = work.round.find(upload.assignment_id).rank
+            sent = await self._readouts.ensure(work.run, work.base, rank)
+            refs.append(
+                UpdateRef(
+                    device_id=upload.device_id,
+                    path=files.enter_context(self._blobs.local(upload.digest)),
+                    scales=check_scales(upload.adapter_config_json, work.run.manifest, spec, rank),
+                    weight=share,
+                    sent_path=files.enter_context(self._blobs.local(sent.digest)),
+                    sent_scale=spec.lora.scale,
+                )
+            )
+        return tuple(refs)
+
+    def _begin(self, work: _Work, uow: UnitOfWork) -> None:
+        spec = RunSpec.from_json(work.run.spec_json)
+        uow.versions.add(
+            Version(
+                id=VersionId(work.round.id),
+                run_id=work.run.id,
+                number=work.round.number,
+                round_id=work.round.id,
+                parent_id=work.base.id,
+                strategy=spec.strategy.name,
+                published=False,
+                created_at=self._engine.clock(),
+            )
+        )
+
+    def _publish(self, work: _Work, uow: UnitOfWork) -> tuple[Transition, tuple[Readout, ...]]:
+        version_id = VersionId(work.round.id)
+        run = uow.runs.get(work.run.id)
+        spec = RunSpec.from_json(run.spec_json)
+        summary = summarise([json.loads(d.values_json) for d in uow.versions.diagnostics(version_id)])
+        uow.versions.publish(version_id, json.dumps(summary))
+        uow.runs.save(replace(run, version_id=version_id, rounds_done=work.round.number))
+        done = step(uow, work.round.id, AggregationDone(), at=self._engine.clock())
+        return done, uow.versions.prune(run.id, keep=spec.retention.keep_versions)
+
+    def _clean_up(self, work: _Work, pruned: Sequence[Readout]) -> None:
+        spec = RunSpec.from_json(work.run.spec_json)
+        for readout in pruned:
+            self._blobs.delete(readout.digest)
+        if not spec.retention.keep_uploads:
+            for upload in work.uploads:
+                self._blobs.delete(upload.digest)
+
+    def _wake_evaluators(self) -> None:
+        for device_id, (profile, _) in self._hub.available(self._engine.clock()).items():
+            if profile.evaluates:
+                self._hub.wake_device(device_id)
+
+
+def _load(owed: Owed, uow: UnitOfWork) -> _Work | None:
+    round_ = uow.rounds.get(owed.round_id)
+    if round_.phase is not RoundPhase.AGGREGATING:
+        return None
+    accepted = {a.id for a in round_.assignments if a.phase is AssignmentPhase.ACCEPTED_UPDATE}
+    return _Work(
+        run=uow.runs.get(owed.run_id),
+        round=round_,
+        base=uow.versions.get(round_.version_id),
+        uploads=tuple(upload for upload in uow.uploads.of_round(round_.id) if upload.assignment_id in accepted),
+    )
+
+
+def _progress(work: _Work, uow: UnitOfWork) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+    """Names of all parts of the next version, and of those that are stored already (None: nothing is)."""
+    manifest = work.run.manifest
+    names = tuple(m.name for m in manifest.modules) + tuple(d.name for d in manifest.dense)
+    try:
+        uow.versions.get(VersionId(work.round.id))
+    except GloraError:
+        return names, None
+    return names, uow.versions.part_names(VersionId(work.round.id))
+
+
+def _parts(version_id: VersionId, names: Sequence[str], uow: UnitOfWork) -> tuple[StatePart, ...]:
+    """The parts of the previous version; a dense tensor that was never aggregated comes without tensors."""
+    stored = set(uow.versions.part_names(version_id))
+    return tuple(
+        uow.versions.part(version_id, name)
+        if name in stored
+        else StatePart(name=name, kind=TensorKind.DENSE, tensors={})
+        for name in names
+    )
+
+
+def _put_parts(version_id: VersionId, made: Sequence[AggregatedPart], uow: UnitOfWork) -> None:
+    for item in made:
+        uow.versions.put_part(version_id, item.part)
+        if item.part.kind is TensorKind.MODULE:
+            uow.versions.put_diagnostics(
+                ModuleDiagnostics(version_id=version_id, module=item.part.name, values_json=item.diagnostics_json)
+            )
+
+
+def summarise(modules: Sequence[Mapping[str, object]]) -> dict[str, float]:
+    """Means over modules of every number that aggregation measured for each of them."""
+    sums: dict[str, list[float]] = {}
+    for values in modules:
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                sums.setdefault(name, []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in sorted(sums.items())}

@@ -1,0 +1,150 @@
+"""Adapters that are cut from a state: rendered once per (version, rank, dtype), kept as blobs, shared by devices."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from glora_server.coordinator.model import Readout, Run, StatePart, Version, new_id
+from glora_server.coordinator.numerics import retrying
+from glora_server.coordinator.ports import Blobs, NumericsEngine, RenderJob, Store, StrategyChoice, UnitOfWork
+from glora_server.coordinator.run_spec import RunSpec
+from glora_server.coordinator.workspace import Workspace
+from glora_server.rounds.ids import VersionId
+from glora_wire.digests import Digest, HashAlgorithm, digest_file
+from glora_wire.errors import GloraError, Reason
+from glora_wire.manifest import Manifest, adapter_specs
+from glora_wire.names import dense_key
+from glora_wire.payload import layout
+from glora_wire.tensors import TensorDtype, TensorSpec
+
+SHARD_BYTES = 32 * 1024 * 1024
+"""How much of a state is in memory at a time."""
+
+
+class Readouts:
+    """Renders adapters and hands out the files."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        blobs: Blobs,
+        numerics: NumericsEngine,
+        workspace: Workspace,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._blobs = blobs
+        self._numerics = numerics
+        self._workspace = workspace
+        self._clock = clock
+        self._locks: dict[tuple[VersionId, int], asyncio.Lock] = {}
+
+    async def ensure(self, run: Run, version: Version, rank: int) -> Readout:
+        """The adapter of that rank in the run's wire format; rendered now when it is asked for the first time."""
+        spec = RunSpec.from_json(run.spec_json)
+        dtype = spec.wire.dtype
+        key = (version.id, rank)
+        lock = self._locks.setdefault(key, asyncio.Lock())
+        async with lock:
+            known = await self._store.read(lambda uow: uow.versions.readout(version.id, rank, dtype.value))
+            if known is not None and await asyncio.to_thread(self._blobs.exists, known.digest):
+                return known
+            path = self._workspace.scratch / f"readout-{new_id()}"
+            try:
+                await self.render(run, version, rank=rank, scale=spec.lora.scale, dtype=dtype, path=path)
+                readout = await self._keep(path, version, rank, dtype, spec.wire.hash)
+            finally:
+                path.unlink(missing_ok=True)
+        self._locks.pop(key, None)
+        return readout
+
+    def open(self, readout: Readout) -> tuple[Path, Callable[[], None]]:
+        """The file of a readout and a function that gives it back."""
+        stack = ExitStack()
+        return stack.enter_context(self._blobs.local(readout.digest)), stack.close
+
+    async def render(
+        self, run: Run, version: Version, *, rank: int, scale: float, dtype: TensorDtype, path: Path
+    ) -> None:
+        """Write the adapter file of `version` at `path`; raises VERSION_UNKNOWN when its tensors were dropped."""
+        if version.pruned:
+            raise GloraError(
+                Reason.VERSION_UNKNOWN,
+                f"Version {version.number} of run {run.name} was dropped by retention; "
+                "raise retention.keep_versions or pin versions that you need.",
+                version=version.number,
+            )
+        spec = RunSpec.from_json(run.spec_json)
+        names = await self._store.read(lambda uow: uow.versions.part_names(version.id))
+        await asyncio.to_thread(_lay_out, path, present_specs(run.manifest, names, rank, dtype))
+        for shard in shards(names, run.manifest, spec.lora.max_rank):
+            parts = await self._store.read(partial(_parts, version.id, shard))
+            job = RenderJob(
+                path=path,
+                strategy=StrategyChoice(name=version.strategy, options=spec.strategy.options),
+                parts=parts,
+                rank=rank,
+                scale=scale,
+                seed=spec.seed,
+                version_number=version.number,
+                style=spec.lora.readout,
+            )
+            await retrying(partial(self._numerics.render, job))
+
+    async def _keep(
+        self, path: Path, version: Version, rank: int, dtype: TensorDtype, algorithm: HashAlgorithm
+    ) -> Readout:
+        digest = await asyncio.to_thread(_sync_and_digest, path, algorithm)
+        await asyncio.to_thread(self._blobs.adopt, path, digest)
+        readout = Readout(version_id=version.id, rank=rank, dtype=dtype.value, digest=digest, created_at=self._clock())
+        await self._store.write(lambda uow: uow.versions.put_readout(readout))
+        return readout
+
+
+def present_specs(manifest: Manifest, names: Sequence[str], rank: int, dtype: TensorDtype) -> tuple[TensorSpec, ...]:
+    """Tensors of an adapter made from the parts `names`: dense tensors that the server has no value of are left out."""
+    absent = {dense_key(dense.name) for dense in manifest.dense} - {dense_key(name) for name in names}
+    return tuple(spec for spec in adapter_specs(manifest, rank, dtype) if spec.name not in absent)
+
+
+def shards(names: Sequence[str], manifest: Manifest, rank: int) -> Iterator[tuple[str, ...]]:
+    """`names` in groups of at most SHARD_BYTES of state (float32), each group at least one part."""
+    sizes = {module.name: 4 * rank * (module.out_features + module.in_features) for module in manifest.modules}
+    group: list[str] = []
+    size = 0
+    for name in names:
+        own = sizes.get(name, 1)
+        if group and size + own > SHARD_BYTES:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(name)
+        size += own
+    if group:
+        yield tuple(group)
+
+
+def _parts(version_id: VersionId, names: Sequence[str], uow: UnitOfWork) -> tuple[StatePart, ...]:
+    return tuple(uow.versions.part(version_id, name) for name in names)
+
+
+def _lay_out(path: Path, specs: Sequence[TensorSpec]) -> None:
+    plan = layout(specs)
+    with path.open("wb") as file:
+        file.write(plan.header)
+        file.truncate(plan.total_bytes)
+
+
+def _sync_and_digest(path: Path, algorithm: HashAlgorithm) -> Digest:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return digest_file(path, algorithm)

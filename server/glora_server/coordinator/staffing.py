@@ -1,0 +1,59 @@
+"""Turns stored devices and live presence into what planning works with."""
+
+from __future__ import annotations
+
+from glora_server.coordinator.hub import Available
+from glora_server.coordinator.model import Device, DeviceState, Profile, Run
+from glora_server.coordinator.ports import UnitOfWork
+from glora_server.coordinator.run_spec import RunSpec
+from glora_server.rounds.plan import Candidate, Requirements
+from glora_wire.errors import Refusal
+
+
+def requirements(run: Run, spec: RunSpec) -> Requirements:
+    """What the run asks of every device."""
+    return Requirements(
+        run_name=run.name,
+        fingerprint=run.manifest.base_model_fingerprint,
+        task=run.manifest.task,
+        max_rank=spec.lora.max_rank,
+        min_rank=spec.policy.min_rank,
+        tags=frozenset(spec.policy.tags),
+    )
+
+
+def candidate(device: Device, profile: Profile, declined: Refusal | None) -> Candidate:
+    """The device as planning sees it."""
+    return Candidate(
+        device_id=device.id,
+        granted_rank=device.granted_rank,
+        declared_rank=profile.max_rank,
+        fingerprint=profile.fingerprint,
+        task=profile.task,
+        run_name=profile.run_name,
+        tags=frozenset(device.tags),
+        training_rows=profile.training_rows,
+        evaluation_rows=profile.evaluation_rows,
+        trains=profile.trains,
+        evaluates=profile.evaluates,
+        declined=declined,
+    )
+
+
+def candidates(uow: UnitOfWork, run: Run, available: Available) -> list[Candidate]:
+    """Approved devices that would take work now (profile, and since when it says so) and may work for the run.
+
+    A device that declined for good counts again once it was restarted with something new to say.
+    """
+    declined = uow.rounds.declined_for(run.id)
+    found = []
+    for device in uow.devices.all():
+        present = available.get(device.id)
+        if present is None or device.state is not DeviceState.APPROVED:
+            continue
+        profile, since = present
+        if profile.run_name and profile.run_name not in {run.name, run.id}:
+            continue
+        at, refusal = declined.get(device.id, (0.0, None))
+        found.append(candidate(device, profile, refusal if at >= since else None))
+    return found
