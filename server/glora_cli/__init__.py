@@ -1,0 +1,1 @@
+"""The `glora` command: the one place that may import both the server and the client."""

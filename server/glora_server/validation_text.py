@@ -40,12 +40,13 @@ _SENTENCES: Final[Mapping[str, str]] = {
     "model_type": "must be a section with keys of its own",
     "model_attributes_type": "must be a section with keys of its own",
     "missing": "is missing",
+    "extra_forbidden": "is not known here",
     "json_invalid": "is not JSON: {error}",
     "value_error": "{error}",
 }
 _CLAUSE: Final = "glora_clause"
 _COMPLETE: Final = "glora_complete"
-_WITHOUT_VALUE: Final = frozenset({"missing", "json_invalid", _COMPLETE})
+_WITHOUT_VALUE: Final = frozenset({"missing", "json_invalid", "extra_forbidden", _COMPLETE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,16 +112,18 @@ def shown(value: object) -> str:
 
 def _problem(details: ErrorDetails, model: type[BaseModel]) -> Problem:
     location: Location = details["loc"]
-    kind = details["type"]
-    if kind == "extra_forbidden":
+    if details["type"] == "extra_forbidden":
         keys = known_keys(model, location[:-1])
         return Problem(location=location, text=f"is not a known key; {nearest(str(location[-1]), keys)}")
-    context = details.get("ctx", {})
+    return Problem(location=location, text=sentence_of(details))
+
+
+def sentence_of(details: ErrorDetails) -> str:
+    """The clause for one finding of pydantic: what is allowed, and what was written instead."""
+    kind = details["type"]
     sentence = _SENTENCES.get(kind)
-    text = sentence.format_map(context) if sentence is not None else details["msg"]
-    if kind not in _WITHOUT_VALUE:
-        text = f"{text} (you wrote {shown(details['input'])})"
-    return Problem(location=location, text=text)
+    text = sentence.format_map(details.get("ctx", {})) if sentence is not None else details["msg"]
+    return text if kind in _WITHOUT_VALUE else f"{text} (you wrote {shown(details['input'])})"
 
 
 def known_keys(model: type[BaseModel], location: Location) -> list[str]:

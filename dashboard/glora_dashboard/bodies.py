@@ -1,0 +1,85 @@
+"""What the REST API takes; keys that it does not know are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Path, Query
+from pydantic import BaseModel, ConfigDict, Field
+
+from glora_dashboard.ports import Flavour
+from glora_server.coordinator.model import Page
+from glora_server.coordinator.run_sections import MAX_RANK
+
+Name = Annotated[str, Path(min_length=1, max_length=128, description="Name or id.")]
+Tag = Annotated[str, Field(min_length=1, max_length=64)]
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+
+
+def _page(
+    page_size: Annotated[int, Query(ge=1, le=1000, description="Items at most.")] = 100,
+    page_token: Annotated[str, Query(max_length=512, description="next_page_token of the part before.")] = "",
+) -> Page:
+    """The part of a list that the query asks for."""
+    return Page(size=page_size, token=page_token)
+
+
+PageQuery = Annotated[Page, Depends(_page)]
+
+
+class Body(BaseModel):
+    """Strict about types and keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class NewToken(Body):
+    """A join token to be made."""
+
+    description: str = Field(default="", max_length=200)
+    uses: int = Field(default=1, ge=1, le=100_000, description="Devices that may join with it.")
+    ttl_seconds: float = Field(default=86400.0, ge=1, le=366 * 86400, description="Seconds that it is valid.")
+    max_rank: Rank = Field(default=16, description="Largest rank that is granted to devices that join with it.")
+    tags: tuple[Tag, ...] = Field(default=(), max_length=64, description="Tags that these devices get.")
+    approve: bool = Field(default=True, description="They may work at once.")
+
+
+class NewRun(Body):
+    """A run to be created: its description (as TOML text or as JSON) and the manifest of its base model."""
+
+    spec_toml: str | None = Field(default=None, max_length=1_000_000)
+    spec: dict[str, Any] | None = None
+    manifest: dict[str, Any]
+    start: bool = False
+
+
+class GrantedRank(Body):
+    """A rank to be granted."""
+
+    rank: Rank
+
+
+class Abort(Body):
+    """Why a run is ended."""
+
+    reason: str = Field(default="", max_length=500)
+
+
+class Extension(Body):
+    """How much later a deadline is to be."""
+
+    seconds: float = Field(gt=0, le=30 * 86400)
+
+
+class PolicyChanges(Body):
+    """Keys of a run's policy with their new values."""
+
+    changes: dict[str, Any] = Field(min_length=1, max_length=50)
+
+
+class ExportOrder(Body):
+    """An adapter to be exported."""
+
+    rank: Rank
+    flavour: Flavour = "peft"
+    version_number: int | None = Field(default=None, ge=0, description="Left out: the current version.")

@@ -1,0 +1,172 @@
+"""What the web surface needs of the server: commands that change something, queries that answer, a health probe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from glora_server.coordinator.model import (
+    AuditEntry,
+    Device,
+    Listing,
+    Measurement,
+    ModuleDiagnostics,
+    Page,
+    Run,
+    TokenRecord,
+    Version,
+)
+from glora_server.coordinator.ports import StrategyInfo
+from glora_server.coordinator.run_spec import RunSpec
+from glora_server.coordinator.views import DeviceView, ExportRecord, RoundView, RunView, SystemView
+from glora_server.rounds.round import Round
+from glora_wire.manifest import Manifest
+
+Flavour = Literal["peft", "serving"]
+
+
+class Commands(Protocol):
+    """Everything that changes something; each method notes `actor` in the audit and raises GloraError."""
+
+    async def create_token(
+        self,
+        actor: str,
+        *,
+        description: str = "",
+        uses: int = 1,
+        ttl_seconds: float,
+        max_rank: int,
+        tags: Sequence[str] = (),
+        approve: bool = True,
+    ) -> tuple[TokenRecord, str]:
+        """A new join token: its record, and the text that is shown this once."""
+        ...
+
+    async def revoke_token(self, actor: str, token_id: str) -> TokenRecord:
+        """No device may join with it any more."""
+        ...
+
+    async def approve_device(self, actor: str, name: str) -> Device:
+        """It may work."""
+        ...
+
+    async def suspend_device(self, actor: str, name: str) -> Device:
+        """It may not work until it is approved again."""
+        ...
+
+    async def revoke_device(self, actor: str, name: str) -> Device:
+        """It is refused for good."""
+        ...
+
+    async def set_device_rank(self, actor: str, name: str, rank: int) -> Device:
+        """Grant another rank, from the next assignment on."""
+        ...
+
+    async def create_run(self, actor: str, spec: RunSpec, manifest: Manifest, *, start: bool) -> Run:
+        """A new run."""
+        ...
+
+    async def start_run(self, actor: str, name: str) -> Run:
+        """Make the first state and open rounds."""
+        ...
+
+    async def pause_run(self, actor: str, name: str) -> Run:
+        """Open no further round."""
+        ...
+
+    async def resume_run(self, actor: str, name: str) -> Run:
+        """Open rounds again."""
+        ...
+
+    async def abort_run(self, actor: str, name: str, reason: str) -> Run:
+        """End the run and its round."""
+        ...
+
+    async def extend_round(self, actor: str, name: str, seconds: float) -> Round:
+        """Move the deadline of the run's open round."""
+        ...
+
+    async def edit_policy(self, actor: str, name: str, changes: Mapping[str, object]) -> Run:
+        """Change keys of the run's policy, from the next round on."""
+        ...
+
+    async def export(
+        self, actor: str, run_name: str, *, rank: int, version_number: int | None, flavour: Flavour, folder: Path
+    ) -> ExportRecord:
+        """Write a PEFT folder."""
+        ...
+
+
+class Queries(Protocol):
+    """Everything that is asked; changes nothing. Names may be ids; what is not there raises GloraError."""
+
+    async def devices(self, page: Page) -> Listing[DeviceView]:
+        """Devices in order of enrolment."""
+        ...
+
+    async def device(self, name: str) -> DeviceView:
+        """One device."""
+        ...
+
+    async def tokens(self, page: Page) -> Listing[TokenRecord]:
+        """Join tokens, newest first."""
+        ...
+
+    async def runs(self, page: Page) -> Listing[RunView]:
+        """Runs, newest first."""
+        ...
+
+    async def run(self, name: str) -> RunView:
+        """One run."""
+        ...
+
+    async def rounds(self, run_name: str, page: Page) -> Listing[RoundView]:
+        """Rounds of a run, newest first."""
+        ...
+
+    async def versions(self, run_name: str, page: Page) -> Listing[Version]:
+        """Published versions of a run, newest first."""
+        ...
+
+    async def measurements(self, run_name: str) -> tuple[Measurement, ...]:
+        """Every evaluation of a run, by version, rank and device."""
+        ...
+
+    async def diagnostics(self, run_name: str, version_number: int) -> tuple[ModuleDiagnostics, ...]:
+        """What aggregation measured for a version, by module."""
+        ...
+
+    async def audit(self, page: Page) -> Listing[AuditEntry]:
+        """Who did what, newest first."""
+        ...
+
+    async def strategies(self) -> tuple[StrategyInfo, ...]:
+        """What a run can choose."""
+        ...
+
+    async def system(self) -> SystemView:
+        """The server itself."""
+        ...
+
+    async def changed(self, run_name: str, revision: int, timeout: float) -> int:  # noqa: ASYNC109 - a long poll has one
+        """The revision of the run as soon as it differs from `revision`, or after `timeout` seconds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthCheck:
+    """Whether one part works; `message` is shown to anybody, so it names no secret."""
+
+    name: str
+    ok: bool
+    message: str = ""
+
+
+class HealthProbe(Protocol):
+    """Asks the parts of the server how they are."""
+
+    async def check(self) -> tuple[HealthCheck, ...]:
+        """One answer per part: database, worker, ports. Takes a second at most."""
+        ...

@@ -1,0 +1,122 @@
+"""/api/v1/runs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Final
+
+from fastapi import APIRouter, Path, Query
+
+from glora_dashboard.bodies import Abort, Extension, Name, NewRun, PageQuery, PolicyChanges
+from glora_dashboard.device_routes import ACTOR
+from glora_dashboard.models import DiagnosticsAnswer, MeasurementAnswer, PageAnswer, VersionAnswer
+from glora_dashboard.ports import Commands, Queries
+from glora_dashboard.run_models import RoundAnswer, RoundRecordAnswer, RunAnswer
+from glora_server.coordinator.run_spec import RunSpec, parse_run_toml
+from glora_wire.errors import GloraError, Reason
+from glora_wire.manifest import Manifest
+
+MAX_WAIT_SECONDS: Final = 60.0
+
+
+def run_routes(commands: Commands, queries: Queries) -> APIRouter:
+    """Routes that show runs and change them."""
+    routes = APIRouter(prefix="/runs", tags=["runs"])
+    _add_questions(routes, queries)
+    _add_commands(routes, commands, queries)
+    return routes
+
+
+def _add_questions(routes: APIRouter, queries: Queries) -> None:
+    @routes.get("")
+    async def list_runs(page: PageQuery) -> PageAnswer[RunAnswer]:
+        """Runs, newest first."""
+        listing = await queries.runs(page)
+        return PageAnswer(items=[RunAnswer.of(view) for view in listing.items], next_page_token=listing.next_token)
+
+    @routes.get("/{name}")
+    async def show_run(
+        name: Name,
+        wait: Annotated[int | None, Query(ge=0, description="Answer once the revision is another one.")] = None,
+        timeout: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS, description="Seconds to wait at most.")] = 25.0,  # noqa: ASYNC109
+    ) -> RunAnswer:
+        """One run: where it stands, who is in its round, why it waits, how good it is."""
+        if wait is not None:
+            await queries.changed(name, wait, timeout)
+        return RunAnswer.of(await queries.run(name))
+
+    @routes.get("/{name}/rounds")
+    async def list_rounds(name: Name, page: PageQuery) -> PageAnswer[RoundAnswer]:
+        """Rounds with their devices, newest first."""
+        listing = await queries.rounds(name, page)
+        return PageAnswer(items=[RoundAnswer.of(view) for view in listing.items], next_page_token=listing.next_token)
+
+    @routes.get("/{name}/versions")
+    async def list_versions(name: Name, page: PageQuery) -> PageAnswer[VersionAnswer]:
+        """Published versions, newest first."""
+        listing = await queries.versions(name, page)
+        items = [VersionAnswer.of(version) for version in listing.items]
+        return PageAnswer(items=items, next_page_token=listing.next_token)
+
+    @routes.get("/{name}/measurements")
+    async def list_measurements(name: Name) -> PageAnswer[MeasurementAnswer]:
+        """Every evaluation, by version, rank and device."""
+        return PageAnswer(items=[MeasurementAnswer.of(found) for found in await queries.measurements(name)])
+
+    @routes.get("/{name}/versions/{number}/diagnostics")
+    async def list_diagnostics(name: Name, number: Annotated[int, Path(ge=0)]) -> PageAnswer[DiagnosticsAnswer]:
+        """What aggregation measured for a version, by module."""
+        return PageAnswer(items=[DiagnosticsAnswer.of(found) for found in await queries.diagnostics(name, number)])
+
+
+def _add_commands(routes: APIRouter, commands: Commands, queries: Queries) -> None:
+    @routes.post("", status_code=201)
+    async def create_run(body: NewRun) -> RunAnswer:
+        """Create a run, and start it when `start` is true."""
+        spec = _spec_of(body)
+        manifest = Manifest.from_json(json.dumps(body.manifest))
+        run = await commands.create_run(ACTOR, spec, manifest, start=body.start)
+        return RunAnswer.of(await queries.run(run.name))
+
+    @routes.post("/{name}/start")
+    async def start_run(name: Name) -> RunAnswer:
+        """Make the first state and begin with the rounds."""
+        await commands.start_run(ACTOR, name)
+        return RunAnswer.of(await queries.run(name))
+
+    @routes.post("/{name}/pause")
+    async def pause_run(name: Name) -> RunAnswer:
+        """Open no further round; an open one goes on."""
+        await commands.pause_run(ACTOR, name)
+        return RunAnswer.of(await queries.run(name))
+
+    @routes.post("/{name}/resume")
+    async def resume_run(name: Name) -> RunAnswer:
+        """Open rounds again."""
+        await commands.resume_run(ACTOR, name)
+        return RunAnswer.of(await queries.run(name))
+
+    @routes.post("/{name}/abort")
+    async def abort_run(name: Name, body: Abort) -> RunAnswer:
+        """End the run and its open round for good."""
+        await commands.abort_run(ACTOR, name, body.reason)
+        return RunAnswer.of(await queries.run(name))
+
+    @routes.post("/{name}/extend")
+    async def extend_round(name: Name, body: Extension) -> RoundRecordAnswer:
+        """Move the deadline of the open round."""
+        return RoundRecordAnswer.of_round(await commands.extend_round(ACTOR, name, body.seconds))
+
+    @routes.patch("/{name}/policy")
+    async def edit_policy(name: Name, body: PolicyChanges) -> RunAnswer:
+        """Change keys of the policy, from the next round on."""
+        await commands.edit_policy(ACTOR, name, body.changes)
+        return RunAnswer.of(await queries.run(name))
+
+
+def _spec_of(body: NewRun) -> RunSpec:
+    if body.spec_toml is not None and body.spec is None:
+        return parse_run_toml(body.spec_toml)
+    if body.spec is not None and body.spec_toml is None:
+        return RunSpec.from_json(json.dumps(body.spec), source="spec")
+    raise GloraError(Reason.REQUEST_INVALID, "Give the run's description either as spec (JSON) or as spec_toml (text).")

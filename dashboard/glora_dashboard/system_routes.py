@@ -1,0 +1,84 @@
+"""/api/v1/system, /strategies and /audit; and what needs no /api: health, readiness, metrics, the front page."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+
+from fastapi import APIRouter, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+
+from glora_dashboard.bodies import PageQuery
+from glora_dashboard.guard import require_token
+from glora_dashboard.models import AuditAnswer, HealthAnswer, PageAnswer, StrategyAnswer, SystemAnswer
+from glora_dashboard.ports import HealthProbe, Queries
+
+_FRONT_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>glora</title>
+<h1>glora {version}</h1>
+<p>This server speaks REST at <code>/api/v1</code> (described at <code>/api/v1/openapi.json</code>); both need the
+administration token. The command line does the same: <code>glora run list</code>, <code>glora device list</code>.</p>
+<p><a href="/healthz">/healthz</a> · <a href="/readyz">/readyz</a> · <a href="/metrics">/metrics</a></p>
+</html>
+"""
+
+
+def system_routes(queries: Queries) -> APIRouter:
+    """Routes about the server itself."""
+    routes = APIRouter(tags=["system"])
+
+    @routes.get("/system")
+    async def show_system() -> SystemAnswer:
+        """Version, ports, database, worker, certificate authority."""
+        return SystemAnswer.of(await queries.system())
+
+    @routes.get("/strategies")
+    async def list_strategies() -> PageAnswer[StrategyAnswer]:
+        """Strategies that a run can choose."""
+        return PageAnswer(items=[StrategyAnswer.of(info) for info in await queries.strategies()])
+
+    @routes.get("/audit")
+    async def list_audit(page: PageQuery) -> PageAnswer[AuditAnswer]:
+        """Who did what, newest first."""
+        listing = await queries.audit(page)
+        return PageAnswer(items=[AuditAnswer.of(entry) for entry in listing.items], next_page_token=listing.next_token)
+
+    return routes
+
+
+def open_routes(
+    health: HealthProbe,
+    metrics_text: Callable[[], tuple[bytes, str]],
+    check_token: Callable[[str], bool],
+    *,
+    metrics_open: bool,
+    version: str,
+) -> APIRouter:
+    """Routes that need no token (but /metrics does, unless `metrics_open`)."""
+    routes = APIRouter(include_in_schema=False)
+
+    @routes.get("/")
+    async def front_page() -> HTMLResponse:
+        """Where the API is."""
+        return HTMLResponse(_FRONT_PAGE.format(version=html.escape(version)))
+
+    @routes.get("/healthz")
+    async def healthz() -> PlainTextResponse:
+        """The process answers."""
+        return PlainTextResponse("ok\n")
+
+    @routes.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Whether database, worker and ports can do their work: 200 or 503."""
+        answer = HealthAnswer.of(await health.check())
+        return JSONResponse(answer.model_dump(), 200 if answer.status == "ready" else 503)
+
+    @routes.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        """Prometheus metrics."""
+        if not metrics_open:
+            require_token(request.headers, check_token)
+        text, media_type = metrics_text()
+        return Response(text, headers={"Content-Type": media_type})
+
+    return routes
