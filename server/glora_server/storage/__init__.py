@@ -1,0 +1,1 @@
+"""What survives a crash: the relational database and the blobs."""

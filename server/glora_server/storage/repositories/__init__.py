@@ -1,0 +1,1 @@
+"""Repositories: records in, records out; rows never leave."""

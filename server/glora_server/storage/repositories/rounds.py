@@ -1,0 +1,181 @@
+"""Rounds and assignments."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+from sqlalchemy import insert, select, text, update
+
+from glora_server.coordinator.model import Listing, Page
+from glora_server.rounds.assignment import Assignment, AssignmentKind, AssignmentPhase
+from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, VersionId
+from glora_server.rounds.round import Round
+from glora_server.storage.models import IS_LIVE, IS_OPEN, AssignmentRow, RoundRow
+from glora_server.storage.repositories.rows import (
+    AnyRow,
+    Order,
+    Session,
+    add_row,
+    add_unless_there,
+    columns_of,
+    page_of,
+    save_row,
+    values_of,
+)
+from glora_wire.errors import GloraError, Reason, Refusal
+
+_OWN = {"assignments"}
+
+
+class RoundRepository:
+    """Rounds with their assignments, and assignments that belong to no round (evaluations)."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, round_: Round) -> None:
+        """Store a new round and its assignments; raises STALE_STATE when another replica planned the same one."""
+        if not add_unless_there(self._session, RoundRow, values_of(round_, without=_OWN)):
+            raise GloraError(
+                Reason.STALE_STATE,
+                f"Attempt {round_.attempt} at round {round_.number} was planned by somebody else in the meantime.",
+                round=round_.number,
+            )
+        self._add_assignments(list(enumerate(round_.assignments)))
+
+    def get(self, round_id: RoundId) -> Round:
+        """The round with all assignments; raises ROUND_UNKNOWN."""
+        row = self._session.first(columns_of(RoundRow).where(RoundRow.id == round_id), lock=True)
+        if row is None:
+            raise GloraError(Reason.ROUND_UNKNOWN, f"There is no round {round_id!r}.", round=round_id)
+        return self._whole([row])[0]
+
+    def save(self, round_: Round) -> Round:
+        """Store the round and those assignments that changed; raises STALE_STATE."""
+        saved = save_row(self._session, RoundRow, round_, what=f"Round {round_.number}", without=_OWN)
+        stored = {item.id: item for item in self._whole_assignments([round_.id])[round_.id]}
+        self._add_assignments([(i, item) for i, item in enumerate(round_.assignments) if item.id not in stored])
+        for item in round_.assignments:
+            if item.id in stored and stored[item.id] != item:
+                self.save_assignment(item)
+        return saved
+
+    def latest(self, run_id: RunId) -> Round | None:
+        """The newest round (highest number, then attempt) of the run."""
+        statement = (
+            columns_of(RoundRow)
+            .where(RoundRow.run_id == run_id)
+            .order_by(RoundRow.number.desc(), RoundRow.attempt.desc())
+            .limit(1)
+        )
+        row = self._session.first(statement, lock=True)
+        return None if row is None else self._whole([row])[0]
+
+    def live(self) -> tuple[Round, ...]:
+        """Every round that has not ended, of all runs, oldest first."""
+        statement = columns_of(RoundRow).where(text(IS_LIVE)).order_by(RoundRow.created_at, RoundRow.id)
+        return tuple(self._whole(self._session.rows(statement)))
+
+    def list(self, run_id: RunId, page: Page) -> Listing[Round]:
+        """Rounds of the run with their assignments, newest first."""
+        order = Order((RoundRow.number, RoundRow.attempt), (int, int), descending=True)
+        statement = columns_of(RoundRow).where(RoundRow.run_id == run_id)
+        rows = page_of(self._session, statement, order, page, lambda row: row)
+        return Listing(items=tuple(self._whole(rows.items)), next_token=rows.next_token)
+
+    def assignment(self, assignment_id: AssignmentId) -> Assignment:
+        """The assignment; raises ASSIGNMENT_UNKNOWN."""
+        statement = columns_of(AssignmentRow).where(AssignmentRow.id == assignment_id)
+        row = self._session.first(statement)
+        if row is not None and row.round_id is None:
+            # One of a round is guarded by the round's row version; locking it before its round could deadlock.
+            row = self._session.first(statement, lock=True)
+        if row is None:
+            raise _unknown(assignment_id)
+        return _assignment(row)
+
+    def add_assignment(self, assignment: Assignment) -> None:
+        """Store an assignment that belongs to no round."""
+        add_row(self._session, AssignmentRow, values_of(assignment) | {"position": 0})
+
+    def save_assignment(self, assignment: Assignment) -> None:
+        """Store a change of an assignment that belongs to no round."""
+        statement = (
+            update(AssignmentRow).where(AssignmentRow.id == assignment.id).values(values_of(assignment, without={"id"}))
+        )
+        if self._session.connection.execute(statement).rowcount != 1:
+            raise _unknown(assignment.id)
+
+    def open_for(self, device_id: DeviceId) -> tuple[Assignment, ...]:
+        """Open assignments of the device, oldest first."""
+        statement = (
+            columns_of(AssignmentRow)
+            .where(AssignmentRow.device_id == device_id, text(IS_OPEN))
+            .order_by(AssignmentRow.offered_at, AssignmentRow.id)
+        )
+        return tuple(_assignment(row) for row in self._session.rows(statement))
+
+    def busy_devices(self) -> frozenset[DeviceId]:
+        """Devices with an open TRAIN assignment."""
+        statement = select(AssignmentRow.device_id).where(AssignmentRow.kind == AssignmentKind.TRAIN, text(IS_OPEN))
+        return frozenset(DeviceId(row.device_id) for row in self._session.rows(statement))
+
+    def declined_for(self, run_id: RunId) -> Mapping[DeviceId, tuple[float, Refusal]]:
+        """Devices that declined or failed for good in this run, with when and why (the newest word counts)."""
+        statement = (
+            select(AssignmentRow.device_id, AssignmentRow.closed_at, AssignmentRow.reason, AssignmentRow.message)
+            .where(
+                AssignmentRow.run_id == run_id,
+                text("permanent"),
+                AssignmentRow.phase.in_([AssignmentPhase.DECLINED, AssignmentPhase.FAILED]),
+            )
+            .order_by(AssignmentRow.closed_at, AssignmentRow.id)
+        )
+        return {
+            DeviceId(row.device_id): (
+                row.closed_at or 0.0,
+                Refusal(reason=row.reason or Reason.INTERNAL, message=row.message),
+            )
+            for row in self._session.rows(statement)
+        }
+
+    def evaluated(self, run_id: RunId) -> frozenset[tuple[DeviceId, VersionId]]:
+        """(device, version) pairs that have an EVALUATE assignment, in whatever phase."""
+        statement = select(AssignmentRow.device_id, AssignmentRow.version_id).where(
+            AssignmentRow.run_id == run_id, text("kind = 'evaluate'")
+        )
+        return frozenset((DeviceId(row.device_id), VersionId(row.version_id)) for row in self._session.rows(statement))
+
+    def _add_assignments(self, items: Sequence[tuple[int, Assignment]]) -> None:
+        if items:
+            values = [values_of(item) | {"position": position} for position, item in items]
+            self._session.connection.execute(insert(AssignmentRow), values)
+
+    def _whole(self, rows: Sequence[AnyRow]) -> Sequence[Round]:
+        """The rounds of the rows, with their assignments, in one more query."""
+        assignments = self._whole_assignments([row.id for row in rows])
+        return [Round(**row._mapping, assignments=tuple(assignments[row.id])) for row in rows]
+
+    def _whole_assignments(self, round_ids: Iterable[str]) -> Mapping[str, Sequence[Assignment]]:
+        wanted = list(round_ids)
+        found: defaultdict[str, list[Assignment]] = defaultdict(list)
+        if wanted:
+            statement = (
+                columns_of(AssignmentRow)
+                .where(AssignmentRow.round_id.in_(wanted))
+                .order_by(AssignmentRow.position, AssignmentRow.id)
+            )
+            for row in self._session.rows(statement):
+                found[row.round_id].append(_assignment(row))
+        return found
+
+
+def _assignment(row: AnyRow) -> Assignment:
+    values = dict(row._mapping)
+    del values["position"]
+    return Assignment(**values)
+
+
+def _unknown(assignment_id: str) -> GloraError:
+    return GloraError(Reason.ASSIGNMENT_UNKNOWN, f"There is no assignment {assignment_id!r}.", assignment=assignment_id)

@@ -1,0 +1,157 @@
+"""What the repositories share: records as rows, saves that compare row versions, lists in pages."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import Connection, Row, Select, insert, literal, select, tuple_, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import InstrumentedAttribute
+
+from glora_server.coordinator.model import Device, Listing, Page, Run, TokenRecord
+from glora_server.rounds.round import Round
+from glora_server.storage.models import Base
+from glora_wire.errors import GloraError, Reason
+
+R = TypeVar("R")
+V = TypeVar("V", Device, TokenRecord, Run, Round)
+
+Query = Select[*tuple[Any, ...]]
+AnyRow = Row[*tuple[Any, ...]]
+
+_LARGEST_PAGE: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A connection inside a transaction, and whether rows that are loaded to be changed must be locked."""
+
+    connection: Connection
+    locks: bool
+    now: Callable[[], float]
+
+    def rows(self, statement: Query) -> Sequence[AnyRow]:
+        """All rows of the statement."""
+        return self.connection.execute(statement).all()
+
+    def first(self, statement: Query, *, lock: bool = False) -> AnyRow | None:
+        """The first row; with `lock`, kept from other writers until the transaction ends.
+
+        SQLite ignores the clause: there BEGIN IMMEDIATE keeps all other writers out. NO KEY: rows that refer to the
+        locked one may still be added.
+        """
+        if lock and self.locks:
+            statement = statement.with_for_update(key_share=True)
+        return self.connection.execute(statement).first()
+
+
+def columns_of(row: type[Base]) -> Query:
+    """SELECT of all columns of the table."""
+    return select(row)
+
+
+def values_of(record: Any, *, without: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of the record by name, as column values."""
+    return {field.name: getattr(record, field.name) for field in fields(record) if field.name not in without}
+
+
+def built(record: type[R], row: AnyRow) -> R:
+    """The record that the row's columns make."""
+    return record(**row._mapping)
+
+
+def add_row(session: Session, row: type[Base], values: dict[str, Any]) -> None:
+    """INSERT."""
+    session.connection.execute(insert(row).values(values))
+
+
+def add_unless_there(session: Session, row: type[Base], values: dict[str, Any]) -> bool:
+    """INSERT unless a unique key is taken; whether it was inserted. Nothing breaks the transaction."""
+    table = row.__table__
+    first = next(iter(table.primary_key))
+    statement = _insert(session, row).values(values).on_conflict_do_nothing().returning(first)
+    return session.connection.execute(statement).first() is not None
+
+
+def put_rows(session: Session, row: type[Base], values: Sequence[dict[str, Any]]) -> None:
+    """INSERT, or replace what has the same primary key."""
+    if not values:
+        return
+    keys = [column.name for column in row.__table__.primary_key]
+    statement = _insert(session, row)
+    changed = {name: statement.excluded[name] for name in values[0] if name not in keys}
+    session.connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed), list(values))
+
+
+def _insert(session: Session, row: type[Base]) -> Any:
+    """INSERT of the dialect, which knows ON CONFLICT."""
+    return sqlite.insert(row) if session.connection.dialect.name == "sqlite" else postgresql.insert(row)
+
+
+def save_row(session: Session, row: type[Base], record: V, *, what: str, without: Collection[str] = ()) -> V:
+    """UPDATE if the row version is still that of the record; the record with the next one; raises STALE_STATE."""
+    table = row.__table__
+    values = values_of(record, without={"id", *without}) | {"row_version": record.row_version + 1}
+    statement = update(row).where(table.c.id == record.id, table.c.row_version == record.row_version).values(values)
+    if session.connection.execute(statement).rowcount != 1:
+        raise GloraError(
+            Reason.STALE_STATE,
+            f"{what} was changed by somebody else in the meantime; look at it again and repeat the change.",
+            id=record.id,
+        )
+    return replace(record, row_version=record.row_version + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a list is ordered: columns that together are unique, and the types of their values."""
+
+    columns: tuple[InstrumentedAttribute[Any], ...]
+    types: tuple[type[float | str], ...]
+    descending: bool
+
+
+def page_of(session: Session, statement: Query, order: Order, page: Page, build: Callable[[AnyRow], R]) -> Listing[R]:
+    """The part of the statement's rows that `page` asks for; raises SPEC_INVALID for a token that we did not make."""
+    if page.size < 1:
+        raise GloraError(Reason.SPEC_INVALID, f"A page has at least one item, not {page.size}.", page_size=page.size)
+    size = min(page.size, _LARGEST_PAGE)
+    key = tuple_(*order.columns)
+    if page.token:
+        last = tuple_(*(literal(v, c.type) for c, v in zip(order.columns, _decoded(page.token, order), strict=True)))
+        statement = statement.where(key < last if order.descending else key > last)
+    ordered = [column.desc() if order.descending else column.asc() for column in order.columns]
+    rows = session.rows(statement.order_by(*ordered).limit(size + 1))
+    items = tuple(build(row) for row in rows[:size])
+    if len(rows) <= size:
+        return Listing(items=items)
+    return Listing(items=items, next_token=_encoded(rows[size - 1], order))
+
+
+def _encoded(row: AnyRow, order: Order) -> str:
+    values = [row._mapping[column.key] for column in order.columns]
+    return base64.urlsafe_b64encode(json.dumps(values).encode()).decode().rstrip("=")
+
+
+def _decoded(token: str, order: Order) -> list[float | str]:
+    try:
+        padded = token + "=" * (-len(token) % 4)
+        values = json.loads(base64.b64decode(padded, altchars=b"-_", validate=True))
+    except (binascii.Error, ValueError) as error:
+        raise _not_ours(token) from error
+    if not isinstance(values, list) or [type(value) for value in values] != list(order.types):
+        raise _not_ours(token)
+    return values
+
+
+def _not_ours(token: str) -> GloraError:
+    return GloraError(
+        Reason.SPEC_INVALID,
+        "The page token is not one that this list gave out; leave it out to start from the beginning.",
+        page_token=token[:80],
+    )

@@ -1,0 +1,86 @@
+"""Uploads and measurements: what devices reported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sqlalchemy import select, update
+
+from glora_server.coordinator.model import Measurement, Upload
+from glora_server.rounds.ids import AssignmentId, RoundId, RunId
+from glora_server.storage.models import MeasurementRow, UploadRow
+from glora_server.storage.repositories.rows import (
+    Session,
+    add_unless_there,
+    built,
+    columns_of,
+    put_rows,
+    values_of,
+)
+from glora_wire.errors import GloraError, Reason
+
+
+class UploadRepository:
+    """Whole updates; the primary key refuses a second one for an assignment."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def add(self, upload: Upload) -> None:
+        """Store a received update; raises UPLOAD_CONFLICT when the assignment has one already."""
+        if not add_unless_there(self._session, UploadRow, values_of(upload)):
+            raise GloraError(
+                Reason.UPLOAD_CONFLICT,
+                f"Assignment {upload.assignment_id} has an update already; only the first one counts.",
+                assignment=upload.assignment_id,
+            )
+
+    def find(self, assignment_id: AssignmentId) -> Upload | None:
+        """The update of the assignment."""
+        row = self._session.first(columns_of(UploadRow).where(UploadRow.assignment_id == assignment_id))
+        return None if row is None else built(Upload, row)
+
+    def of_round(self, round_id: RoundId) -> tuple[Upload, ...]:
+        """Updates of the round, in order of assignment id."""
+        rows = self._session.rows(columns_of(UploadRow).where(UploadRow.round_id == round_id))
+        # Sorted here: what order text has in PostgreSQL depends on its locale, and folding must not.
+        return tuple(sorted((built(Upload, row) for row in rows), key=lambda upload: upload.assignment_id))
+
+    def judged(self, assignment_id: AssignmentId, update_norm: float | None) -> None:
+        """Note the norm that validation measured."""
+        statement = update(UploadRow).where(UploadRow.assignment_id == assignment_id).values(update_norm=update_norm)
+        if self._session.connection.execute(statement).rowcount != 1:
+            raise GloraError(
+                Reason.ASSIGNMENT_UNKNOWN, f"Assignment {assignment_id} has no update.", assignment=assignment_id
+            )
+
+    def digests(self) -> frozenset[str]:
+        """Digest.text of every blob that an upload row refers to (for clean-up)."""
+        return frozenset(row.digest.text for row in self._session.rows(select(UploadRow.digest).distinct()))
+
+
+class MeasurementRepository:
+    """Evaluations."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def put(self, measurements: Sequence[Measurement]) -> None:
+        """Store or replace by (assignment, phase, rank)."""
+        put_rows(self._session, MeasurementRow, [values_of(item) for item in measurements])
+
+    def of_run(self, run_id: RunId) -> tuple[Measurement, ...]:
+        """All of the run, by version number, rank, device, and when it was measured."""
+        statement = (
+            columns_of(MeasurementRow)
+            .where(MeasurementRow.run_id == run_id)
+            .order_by(
+                MeasurementRow.version_number,
+                MeasurementRow.rank,
+                MeasurementRow.device_id,
+                MeasurementRow.measured_at,
+                MeasurementRow.phase,
+                MeasurementRow.assignment_id,
+            )
+        )
+        return tuple(built(Measurement, row) for row in self._session.rows(statement))
