@@ -1,0 +1,1 @@
+"""The gRPC edge: parses what devices say, calls the use cases, and turns reasons into statuses."""
