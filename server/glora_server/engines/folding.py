@@ -1,0 +1,200 @@
+"""Aggregation of one shard of parts: files of updates and the previous state in, the new state out."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glora_server.aggregation import (
+    AggregationError,
+    ClientUpdate,
+    Diagnostics,
+    aggregate,
+    dense_average,
+)
+from glora_server.coordinator.model import StatePart, TensorKind
+from glora_server.coordinator.ports import AggregatedPart, AggregateJob, UpdateRef
+from glora_server.engines.catalogue import contract
+from glora_server.engines.states import dense_part, module_part, module_state
+from glora_server.engines.tensors import PayloadFile
+from glora_wire.errors import GloraError, Reason
+from glora_wire.names import dense_key, lora_key
+
+Factors = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """An update with its opened files."""
+
+    update: UpdateRef
+    file: PayloadFile
+    sent: PayloadFile | None
+
+
+def fold(job: AggregateJob, device: torch.device) -> tuple[AggregatedPart, ...]:
+    """The new parts, in the order of the job; a part that no update carries stays as it is.
+
+    Raises GloraError: PAYLOAD_MALFORMED for a file that is gone, AGGREGATION_FAILED with what the aggregation refuses.
+    """
+    sources = _open(job)
+    return tuple(_fold(part, job, sources, device) for part in job.parts)
+
+
+def _open(job: AggregateJob) -> tuple[_Source, ...]:
+    keys: set[str] = set()
+    for part in job.parts:
+        if part.kind is TensorKind.DENSE:
+            keys.add(dense_key(part.name))
+        else:
+            keys |= {lora_key(part.name, "A"), lora_key(part.name, "B")}
+    needs_sent = contract(job.strategy, round_index=job.round_index).needs_sent
+    # Devices of one rank were sent the same file.
+    sent: dict[Path, PayloadFile] = {}
+    sources = []
+    for update in job.updates:
+        path = update.sent_path if needs_sent else None
+        if path is not None and path not in sent:
+            sent[path] = PayloadFile.open(path, keys)
+        sources.append(
+            _Source(
+                update=update,
+                file=PayloadFile.open(update.path, keys),
+                sent=None if path is None else sent[path],
+            )
+        )
+    return tuple(sources)
+
+
+def _fold(part: StatePart, job: AggregateJob, sources: Sequence[_Source], device: torch.device) -> AggregatedPart:
+    if part.kind is TensorKind.DENSE:
+        return _fold_dense(part, sources, device)
+    return _fold_module(part, job, sources, device)
+
+
+def _fold_dense(part: StatePart, sources: Sequence[_Source], device: torch.device) -> AggregatedPart:
+    key = dense_key(part.name)
+    carriers = [source for source in sources if source.file.has(key)]
+    if not carriers:
+        return AggregatedPart(part=part, diagnostics_json="{}")
+    try:
+        mean = dense_average(
+            [source.file.read(key, device).to(torch.float32) for source in carriers],
+            [source.update.weight for source in carriers],
+        )
+    except AggregationError as error:
+        raise _failed(part, carriers, error) from error
+    return AggregatedPart(part=dense_part(part.name, mean), diagnostics_json="{}")
+
+
+def _fold_module(
+    part: StatePart, job: AggregateJob, sources: Sequence[_Source], device: torch.device
+) -> AggregatedPart:
+    carriers = [source for source in sources if _carries(source, part.name)]
+    if not carriers:
+        return AggregatedPart(part=part, diagnostics_json="{}")
+    state = module_state(part, strategy=job.strategy.name, device=device)
+    try:
+        result = aggregate(
+            job.strategy.name,
+            state,
+            _client_updates(part.name, carriers, device),
+            rank=job.rank,
+            round_index=job.round_index,
+            **job.strategy.options,
+        )
+    except AggregationError as error:
+        raise _failed(part, carriers, error) from error
+    return AggregatedPart(
+        part=module_part(part.name, result.state), diagnostics_json=_as_json(result.diagnostics, carriers)
+    )
+
+
+def _carries(source: _Source, module: str) -> bool:
+    """Whether the update has the module; raises GloraError when it has half of it."""
+    has_a, has_b = (source.file.has(lora_key(module, factor)) for factor in ("A", "B"))
+    if has_a != has_b:
+        raise GloraError(
+            Reason.TENSOR_NAMES_WRONG,
+            f"The update of device {source.update.device_id} has only one factor of {module!r}.",
+            device=source.update.device_id,
+            module=module,
+        )
+    return has_a
+
+
+def _client_updates(module: str, carriers: Sequence[_Source], device: torch.device) -> list[ClientUpdate]:
+    sent: dict[Path, Factors] = {}
+    updates = []
+    for source in carriers:
+        if source.sent is not None and source.sent.path not in sent:
+            sent[source.sent.path] = _factors(source.sent, module, device)
+        b, a = _factors(source.file, module, device)
+        updates.append(
+            ClientUpdate(
+                b,
+                a,
+                _scale(source.update, module),
+                source.update.weight,
+                sent=None if source.sent is None else sent[source.sent.path],
+                sent_scale=source.update.sent_scale,
+            )
+        )
+    return updates
+
+
+def _factors(file: PayloadFile, module: str, device: torch.device) -> Factors:
+    keys = lora_key(module, "B"), lora_key(module, "A")
+    for key in keys:
+        if not file.has(key):
+            raise GloraError(
+                Reason.TENSOR_NAMES_WRONG, f"The adapter {file.path.name} has no tensor {key!r}.", name=key
+            )
+    return file.read(keys[0], device), file.read(keys[1], device)
+
+
+def _scale(update: UpdateRef, module: str) -> float:
+    if module not in update.scales:
+        raise GloraError(
+            Reason.SCALE_WRONG,
+            f"There is no LoRA scale for module {module!r} in the update of device {update.device_id}.",
+            device=update.device_id,
+            module=module,
+        )
+    return update.scales[module]
+
+
+def _failed(part: StatePart, carriers: Sequence[_Source], error: AggregationError) -> GloraError:
+    devices = ", ".join(f"{position} = {source.update.device_id}" for position, source in enumerate(carriers))
+    return GloraError(
+        Reason.AGGREGATION_FAILED,
+        f"{part.name} could not be aggregated: {error} (Updates: {devices}.)",
+        part=part.name,
+        cause=error.reason,
+    )
+
+
+def _as_json(diagnostics: Diagnostics, carriers: Sequence[_Source]) -> str:
+    values: dict[str, object] = asdict(diagnostics)
+    values["clients"] = [
+        {"device_id": source.update.device_id, **asdict(client)}
+        for source, client in zip(carriers, diagnostics.clients, strict=True)
+    ]
+    return json.dumps(finite_only(values), allow_nan=False, separators=(",", ":"))
+
+
+def finite_only(value: object) -> object:
+    """The same with null in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite_only(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_only(item) for item in value]
+    return value

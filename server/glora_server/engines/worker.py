@@ -1,0 +1,143 @@
+"""Main of the worker process: `python -m glora_server.engines.worker FD PARENT DEVICE THREADS`.
+
+One job at a time over the socket FD, an answer each. It ends when its parent does (end of the pipe, and on Linux a
+signal, which also ends it in the middle of a job) or closes the socket. It leaves SIGINT and SIGTERM to the parent:
+both reach a whole terminal or service group, and the parent may want a last job.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Final, assert_never
+
+from glora_server.coordinator.ports import AggregateJob, CheckJob, InitialiseJob, RenderJob
+from glora_server.engines.protocol import (
+    Answer,
+    CheckStrategy,
+    DescribeStrategy,
+    DeviceChoice,
+    Hello,
+    Job,
+    ListStrategies,
+    Result,
+)
+from glora_wire.errors import GloraError, Reason
+
+if TYPE_CHECKING:
+    import torch
+
+_PR_SET_PDEATHSIG: Final = 1
+
+
+def main(arguments: list[str]) -> int:
+    """Serve until the parent closes the socket or ends; the exit status."""
+    descriptor, parent, device, threads = int(arguments[0]), int(arguments[1]), arguments[2], int(arguments[3])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    _end_with(parent)
+    with Connection(descriptor) as pipe:
+        try:
+            return _serve(pipe, DeviceChoice(device), threads)
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return 0
+
+
+def _end_with(parent: int) -> None:
+    """Ask the kernel to kill this process when its parent ends; exits at once when that has happened already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(0)
+
+
+def _serve(pipe: Connection, choice: DeviceChoice, threads: int) -> int:
+    try:
+        device = _start_torch(choice, threads)
+    except GloraError as error:
+        pipe.send(error)
+        return 1
+    pipe.send(Hello(pid=os.getpid(), device=_named(device), peak_bytes=_peak_bytes()))
+    while True:
+        job: Job = pipe.recv()
+        started = time.perf_counter()
+        outcome, healthy = _outcome(job, device)
+        pipe.send(Answer(outcome=outcome, seconds=time.perf_counter() - started, peak_bytes=_peak_bytes()))
+        if not healthy:
+            return 1
+
+
+def _start_torch(choice: DeviceChoice, threads: int) -> torch.device:
+    try:
+        import torch  # noqa: PLC0415 (after the signals are set: it takes seconds)
+    except ImportError as error:
+        raise GloraError(
+            Reason.SETTINGS_INVALID, f"The server needs torch; install glora[server] ({error})."
+        ) from error
+    if threads:
+        torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+    if choice is DeviceChoice.CUDA and not torch.cuda.is_available():
+        raise GloraError(
+            Reason.SETTINGS_INVALID, "The setting asks for a CUDA device and torch sees none; use auto or cpu."
+        )
+    if choice is DeviceChoice.CPU or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _named(device: torch.device) -> str:
+    import torch  # noqa: PLC0415 (see _start_torch)
+
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _outcome(job: Job, device: torch.device) -> tuple[Result | GloraError, bool]:
+    """What to answer, and whether the process can go on: after an unforeseen CUDA error its context is lost."""
+    try:
+        return _run(job, device), True
+    except GloraError as error:
+        return error, True
+    except Exception as error:  # noqa: BLE001 (whatever it is, the parent gets an answer and the log the traceback)
+        traceback.print_exc()
+        reason = Reason.AGGREGATION_FAILED if isinstance(job, AggregateJob) else Reason.INTERNAL
+        message = f"{type(job).__name__} failed in the worker: {type(error).__name__}: {error}"
+        return GloraError(reason, message[:2000]), device.type != "cuda"
+
+
+def _run(job: Job, device: torch.device) -> Result:
+    from glora_server.engines import catalogue, folding, jobs  # noqa: PLC0415 (they import torch, see _start_torch)
+
+    match job:
+        case InitialiseJob():
+            return jobs.initialise(job, device)
+        case RenderJob():
+            jobs.render(job, device)
+            return None
+        case CheckJob():
+            return jobs.check(job, device)
+        case AggregateJob():
+            return folding.fold(job, device)
+        case ListStrategies():
+            return catalogue.strategies()
+        case DescribeStrategy():
+            return catalogue.describe(job.choice)
+        case CheckStrategy():
+            return catalogue.check_strategy(job.choice, max_rank=job.max_rank, mixed_ranks=job.mixed_ranks)
+        case _:
+            assert_never(job)
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
