@@ -108,6 +108,30 @@ def test_a_single_coarse_bit_of_noise_would_vote_without_the_tolerance() -> None
     assert votes > 4
 
 
+def test_a_device_that_unlearned_everything_has_no_vote() -> None:
+    """ΔW_i = 0 and sent = S rounded: X_i is the noise of the wire and nothing else, small against its terms."""
+    g = generator(1)
+    state = canonical_state(randn(g, 40, 4), randn(g, 4, 30), rank=4)
+    b, a = (t.float() for t in readout(state, 4, 0.5))
+    result = aggregate("glora", state, [ClientUpdate(torch.zeros_like(b), a, 0.5, 1.0, sent=(b, a))], rank=12)
+    assert result.diagnostics.clients[0].votes == 0
+    assert result.state.rank == 0
+
+
+def test_the_same_adapter_in_a_terrible_gauge_counts_as_untouched() -> None:
+    """Rounding of float64 in a gauge of condition 1e8 is far above rank_tol and must not vote.
+
+    The adapter has more directions than the state: noise on zero columns meets refilled rows and would be new.
+    """
+    g = generator(3)
+    state = canonical_state(randn(g, 40, 4), randn(g, 4, 30), rank=4)
+    sent = readout(state, 8, 0.5)
+    back = regauged([ClientUpdate(*sent, 0.5, 1.0, sent=sent)], g, 1e8)
+    result = aggregate("glora", state, back, rank=12)
+    assert result.diagnostics.clients[0].votes == 4
+    assert torch.allclose(dense_state(result.state), dense_state(state), atol=1e-6)
+
+
 def test_an_untouched_device_does_not_undo_what_another_learned() -> None:
     g = generator(4)
     state = canonical_state(randn(g, 30, 6).float(), randn(g, 6, 20).float(), rank=6)
@@ -217,14 +241,15 @@ def test_diagnostics_say_what_dense_matrices_say() -> None:
         assert client.change_cosine == pytest.approx(float((change * moved).sum() / change.norm() / moved.norm()))
 
 
-def test_angles_between_versions() -> None:
+@pytest.mark.parametrize("angle", [0.3, 1.2, 1e-9])
+def test_angles_between_versions(angle: float) -> None:
     eye = torch.eye(6, dtype=torch.float64)
-    tilt = math.cos(0.3) * eye[:, 1] + math.sin(0.3) * eye[:, 3]
+    tilt = math.cos(angle) * eye[:, 1] + math.sin(angle) * eye[:, 3]
     before = canonical_state(eye[:, :2], 2 * eye[:2], rank=2)
     update = ClientUpdate(torch.stack([eye[:, 0], tilt], dim=1), 3 * eye[:2], 1.0, 1.0)
     angles = aggregate("glora", before, [update], rank=2, rule="replace").diagnostics.angles
     assert angles is not None
-    assert (angles.largest, angles.mean) == pytest.approx((0.3, 0.15))
+    assert (angles.largest, angles.mean) == pytest.approx((angle, angle / 2), rel=1e-6, abs=0)
     assert aggregate("glora", None, [update], rank=2, rule="replace").diagnostics.angles is None
 
 
