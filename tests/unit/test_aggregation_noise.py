@@ -1,4 +1,4 @@
-"""Noise of the wire, of float64 and of bad gauges has no vote in the consensus, and untouched adapters change nothing."""
+"""Noise of the wire, of float64 and of bad gauges gets no vote, and untouched adapters change nothing."""
 
 import pytest
 import torch
