@@ -40,7 +40,7 @@ class NewToken(Body):
     uses: int = Field(default=1, ge=1, le=100_000, description="Devices that may join with it.")
     ttl_seconds: float = Field(default=86400.0, ge=1, le=366 * 86400, description="Seconds that it is valid.")
     max_rank: Rank = Field(default=16, description="Largest rank that is granted to devices that join with it.")
-    tags: tuple[Tag, ...] = Field(default=(), max_length=64, description="Tags that these devices get.")
+    tags: list[Tag] = Field(default_factory=list, max_length=64, description="Tags that these devices get.")
     approve: bool = Field(default=True, description="They may work at once.")
 
 

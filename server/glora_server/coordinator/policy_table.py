@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
@@ -80,17 +79,13 @@ def _policy_from_table(value: object) -> RoundPolicy:
     return RoundPolicy(**{name: getattr(table, name) for name in POLICY_KEYS})
 
 
-def _policy_document(policy: RoundPolicy) -> Mapping[str, object]:
-    return {name: _plain(getattr(policy, name)) for name in POLICY_KEYS}
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+def _table_of(policy: RoundPolicy) -> PolicyTable:
+    return PolicyTable(**{name: getattr(policy, name) for name in POLICY_KEYS})
 
 
 PolicySection = Annotated[
     RoundPolicy,
     PlainValidator(_policy_from, json_schema_input_type=PolicyTable),
-    PlainSerializer(_policy_document, return_type=dict[str, object]),
+    PlainSerializer(_table_of, return_type=PolicyTable),
 ]
 """A RoundPolicy as a field of a pydantic model."""
