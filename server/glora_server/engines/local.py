@@ -34,7 +34,7 @@ from glora_server.engines.protocol import (
     ListStrategies,
     Result,
 )
-from glora_wire.errors import GloraError, Reason, Refusal
+from glora_wire.errors import GloraError, Refusal
 
 _log: Final = logging.getLogger(__name__)
 
@@ -52,6 +52,13 @@ class WorkerStats:
     restarts: int = 0
     busy_seconds: float = 0.0
     peak_bytes: int = 0
+
+
+class EngineClosedError(Exception):
+    """The engine was closed before the job was done.
+
+    Not a GloraError, which would be a verdict on the job: whoever owed it owes it still, after the next start.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +106,7 @@ class LocalEngine(NumericsEngine):
         await self._submit(None)
 
     async def close(self) -> None:
-        """End the worker, also in the middle of a job; jobs that wait raise GloraError SHUTTING_DOWN."""
+        """End the worker, also in the middle of a job; it and those that wait raise EngineClosedError."""
         with self._guard:
             self._closed = True
             worker = self._worker
@@ -146,7 +153,7 @@ class LocalEngine(NumericsEngine):
     def _enqueue(self, request: _Request) -> None:
         with self._guard:
             if self._closed:
-                request.result.set_exception(_shutting_down())
+                request.result.set_exception(_closed())
                 return
             if self._thread is None:
                 self._thread = threading.Thread(target=self._feed, name="glora-engine", daemon=True)
@@ -156,15 +163,23 @@ class LocalEngine(NumericsEngine):
     # ---- in the thread ----
 
     def _feed(self) -> None:
-        while (request := self._requests.get()) is not None:
-            if not request.result.set_running_or_notify_cancel():
-                continue
+        while self._feed_one():
+            pass
+        if self._worker is not None:
+            self._worker.close()
+            self._forget_worker()
+
+    def _feed_one(self) -> bool:
+        """Do one request; False when there will be no more. No reference to it stays behind: states are large."""
+        request = self._requests.get()
+        if request is None:
+            return False
+        if request.result.set_running_or_notify_cancel():
             try:
                 request.result.set_result(self._perform(request.job))
             except Exception as error:  # noqa: BLE001 (the caller gets it; the thread lives on)
                 request.result.set_exception(error)
-        if self._worker is not None:
-            self._worker.close()
+        return True
 
     def _perform(self, job: Job | None) -> Result:
         try:
@@ -174,7 +189,7 @@ class LocalEngine(NumericsEngine):
             answer = worker.exchange(job)
         except WorkerLostError as error:
             if self._forget_worker():
-                raise _shutting_down() from error
+                raise _closed() from error
             _log.warning("worker_lost", extra={"job": type(job).__name__, "cause": str(error)})
             raise
         with self._guard:
@@ -213,7 +228,7 @@ class LocalEngine(NumericsEngine):
     def _refuse_when_closed(self) -> None:
         with self._guard:
             if self._closed:
-                raise _shutting_down()
+                raise _closed()
 
     def _forget_worker(self) -> bool:
         """Note that no worker runs; whether the engine is closed."""
@@ -228,5 +243,5 @@ def _call_in(loop: asyncio.AbstractEventLoop, action: Callable[[], None]) -> Non
         loop.call_soon_threadsafe(action)
 
 
-def _shutting_down() -> GloraError:
-    return GloraError(Reason.SHUTTING_DOWN, "The server is shutting down; the job was not finished.")
+def _closed() -> EngineClosedError:
+    return EngineClosedError("The server is shutting down; the job was not done and stays owed.")

@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, assert_never
 
 from glora_server.coordinator.ports import AggregateJob, CheckJob, InitialiseJob, RenderJob
@@ -64,13 +65,18 @@ def _serve(pipe: Connection, choice: DeviceChoice, threads: int) -> int:
         pipe.send(error)
         return 1
     pipe.send(Hello(pid=os.getpid(), device=_named(device), peak_bytes=_peak_bytes()))
-    while True:
-        job: Job = pipe.recv()
-        started = time.perf_counter()
-        outcome, healthy = _outcome(job, device)
-        pipe.send(Answer(outcome=outcome, seconds=time.perf_counter() - started, peak_bytes=_peak_bytes()))
-        if not healthy:
-            return 1
+    while _serve_one(pipe, device):
+        pass
+    return 1
+
+
+def _serve_one(pipe: Connection, device: torch.device) -> bool:
+    """Answer one job; whether the process can go on. No reference to the job stays behind: states are large."""
+    job: Job = pipe.recv()
+    started = time.perf_counter()
+    outcome, healthy = _outcome(job, device)
+    pipe.send(Answer(outcome=outcome, seconds=time.perf_counter() - started, peak_bytes=_peak_bytes()))
+    return healthy
 
 
 def _start_torch(choice: DeviceChoice, threads: int) -> torch.device:
@@ -135,6 +141,11 @@ def _run(job: Job, device: torch.device) -> Result:
 
 
 def _peak_bytes() -> int:
+    if sys.platform == "linux":
+        # Not getrusage: there a process inherits the peak of the one that started it.
+        for line in Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
