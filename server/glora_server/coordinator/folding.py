@@ -7,6 +7,7 @@ version's id is the round's id, so a second try after a crash finds what the fir
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import time
@@ -158,7 +159,9 @@ class Folder:
                 UpdateRef(
                     device_id=upload.device_id,
                     path=files.enter_context(self._blobs.local(upload.digest)),
-                    scales=check_scales(upload.adapter_config_json, work.run.manifest, spec, rank),
+                    scales=await asyncio.to_thread(
+                        check_scales, upload.adapter_config_json, work.run.manifest, spec, rank
+                    ),
                     weight=share,
                     sent_path=files.enter_context(self._blobs.local(sent.digest)),
                     sent_scale=spec.lora.scale,

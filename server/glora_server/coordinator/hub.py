@@ -159,6 +159,11 @@ class Hub:
         """Let the device's open question be answered again."""
         self.signals.notify(("device", device_id))
 
+    def wake_all(self) -> None:
+        """Let every open question be answered again."""
+        for device_id in list(self._present):
+            self.wake_device(device_id)
+
     def run_changed(self, run_id: RunId) -> None:
         """Tell everyone who watches the run."""
         self.signals.notify(("run", run_id))

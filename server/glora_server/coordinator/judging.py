@@ -60,7 +60,9 @@ class Judge:
     async def _verdict(self, run: Run, assignment: Assignment, upload: Upload) -> tuple[Refusal | None, float | None]:
         spec = RunSpec.from_json(run.spec_json)
         try:
-            scales = check_scales(upload.adapter_config_json, run.manifest, spec, assignment.rank)
+            scales = await asyncio.to_thread(
+                check_scales, upload.adapter_config_json, run.manifest, spec, assignment.rank
+            )
             with self._blobs.local(upload.digest) as path:
                 await asyncio.to_thread(check_file, path, run.manifest, assignment.rank, spec.wire.dtype)
                 job = CheckJob(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ from glora_server.coordinator.workspace import Workspace
 from glora_server.rounds.ids import VersionId
 from glora_wire.digests import Digest, HashAlgorithm, digest_file
 from glora_wire.errors import GloraError, Reason
-from glora_wire.manifest import Manifest, adapter_specs
-from glora_wire.names import dense_key
+from glora_wire.manifest import Manifest
+from glora_wire.names import dense_key, lora_key
 from glora_wire.payload import layout
 from glora_wire.tensors import TensorDtype, TensorSpec
 
@@ -58,7 +58,8 @@ class Readouts:
                 return known
             path = self._workspace.scratch / f"readout-{new_id()}"
             try:
-                await self.render(run, version, rank=rank, scale=spec.lora.scale, dtype=dtype, path=path)
+                ranks = dict.fromkeys((module.name for module in run.manifest.modules), rank)
+                await self.render(run, version, ranks=ranks, scale=spec.lora.scale, dtype=dtype, path=path)
                 readout = await self._keep(path, version, rank, dtype, spec.wire.hash)
             finally:
                 path.unlink(missing_ok=True)
@@ -71,9 +72,12 @@ class Readouts:
         return stack.enter_context(self._blobs.local(readout.digest)), stack.close
 
     async def render(
-        self, run: Run, version: Version, *, rank: int, scale: float, dtype: TensorDtype, path: Path
+        self, run: Run, version: Version, *, ranks: Mapping[str, int], scale: float, dtype: TensorDtype, path: Path
     ) -> None:
-        """Write the adapter file of `version` at `path`; raises VERSION_UNKNOWN when its tensors were dropped."""
+        """Write the adapter file of `version` at `path`, each module at its rank of `ranks`.
+
+        Raises VERSION_UNKNOWN when the version's tensors were dropped.
+        """
         if version.pruned:
             raise GloraError(
                 Reason.VERSION_UNKNOWN,
@@ -82,21 +86,21 @@ class Readouts:
                 version=version.number,
             )
         spec = RunSpec.from_json(run.spec_json)
-        names = await self._store.read(lambda uow: uow.versions.part_names(version.id))
-        await asyncio.to_thread(_lay_out, path, present_specs(run.manifest, names, rank, dtype))
-        for shard in shards(names, run.manifest, spec.lora.max_rank):
-            parts = await self._store.read(partial(_parts, version.id, shard))
-            job = RenderJob(
-                path=path,
-                strategy=StrategyChoice(name=version.strategy, options=spec.strategy.options),
-                parts=parts,
-                rank=rank,
-                scale=scale,
-                seed=spec.seed,
-                version_number=version.number,
-                style=spec.lora.readout,
-            )
-            await retrying(partial(self._numerics.render, job))
+        stored = set(await self._store.read(lambda uow: uow.versions.part_names(version.id)))
+        await asyncio.to_thread(_lay_out, path, present_specs(run.manifest, stored, ranks, dtype))
+        for rank, names in _by_rank(run.manifest, stored, ranks):
+            for shard in shards(names, run.manifest, spec.lora.max_rank):
+                job = RenderJob(
+                    path=path,
+                    strategy=StrategyChoice(name=version.strategy, options=spec.strategy.options),
+                    parts=await self._store.read(partial(_parts, version.id, shard)),
+                    rank=rank,
+                    scale=scale,
+                    seed=spec.seed,
+                    version_number=version.number,
+                    style=spec.lora.readout,
+                )
+                await retrying(partial(self._numerics.render, job))
 
     async def _keep(
         self, path: Path, version: Version, rank: int, dtype: TensorDtype, algorithm: HashAlgorithm
@@ -108,10 +112,27 @@ class Readouts:
         return readout
 
 
-def present_specs(manifest: Manifest, names: Sequence[str], rank: int, dtype: TensorDtype) -> tuple[TensorSpec, ...]:
-    """Tensors of an adapter made from the parts `names`: dense tensors that the server has no value of are left out."""
-    absent = {dense_key(dense.name) for dense in manifest.dense} - {dense_key(name) for name in names}
-    return tuple(spec for spec in adapter_specs(manifest, rank, dtype) if spec.name not in absent)
+def present_specs(
+    manifest: Manifest, stored: Collection[str], ranks: Mapping[str, int], dtype: TensorDtype
+) -> tuple[TensorSpec, ...]:
+    """Tensors of an adapter made from the `stored` parts; dense tensors that the server has no value of are left out."""
+    specs: list[TensorSpec] = []
+    for module in manifest.modules:
+        rank = ranks[module.name]
+        specs.append(TensorSpec(lora_key(module.name, "A"), dtype, (rank, module.in_features)))
+        specs.append(TensorSpec(lora_key(module.name, "B"), dtype, (module.out_features, rank)))
+    specs += (TensorSpec(dense_key(d.name), dtype, d.shape) for d in manifest.dense if d.name in stored)
+    return tuple(specs)
+
+
+def _by_rank(
+    manifest: Manifest, stored: Collection[str], ranks: Mapping[str, int]
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Names of the parts of each rank; dense parts come with the first."""
+    dense = [d.name for d in manifest.dense if d.name in stored]
+    for rank in sorted(set(ranks.values()), reverse=True):
+        yield rank, (*(m.name for m in manifest.modules if ranks[m.name] == rank), *dense)
+        dense = []
 
 
 def shards(names: Sequence[str], manifest: Manifest, rank: int) -> Iterator[tuple[str, ...]]:
