@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.engine import Engine
 from glora_server.coordinator.errors import not_yours
 from glora_server.coordinator.evaluations import has_unseen_version, next_evaluation
@@ -24,9 +25,8 @@ from glora_server.coordinator.messages import (
     WorkOffer,
 )
 from glora_server.coordinator.model import Device, DeviceState, Measurement, Profile, Run, Version
-from glora_server.coordinator.observer import Observer
 from glora_server.coordinator.opening import Opener, seed_of
-from glora_server.coordinator.ports import Store, StrategyInfo, UnitOfWork
+from glora_server.coordinator.ports import Store, UnitOfWork
 from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.staffing import candidate, requirements
@@ -67,8 +67,7 @@ class DeviceService:
     opener: Opener
     hub: Hub
     readouts: Readouts
-    observer: Observer
-    strategies: dict[str, StrategyInfo]
+    catalogue: Catalogue
 
     async def identify(self, key_sha256: str) -> Device:
         """The device that holds the key; raises when it may not speak now."""
@@ -128,7 +127,7 @@ class DeviceService:
             round_number=number,
             version=version,
             adapters=_adapters(assignment),
-            strategy=self.strategies[spec.strategy.name],
+            strategy=await self.catalogue.get(spec.strategy.name),
             max_upload_bytes=max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype) if train else 0,
             seed=seed_of(spec.seed, run.id, number, assignment.device_id),
             deadline_at=await self._deadline(assignment),
@@ -144,8 +143,8 @@ class DeviceService:
         """The device took the work."""
         return await self._report(device, assignment_id, Accept())
 
-    async def progress(  # noqa: PLR0917 - one argument a field of the report
-        self, device: Device, assignment_id: AssignmentId, phase: str, done: int, total: int, loss: float
+    async def progress(
+        self, device: Device, assignment_id: AssignmentId, *, phase: str, done: int, total: int, loss: float
     ) -> ProgressAnswer:
         """Show how far the device is; kept in memory only."""
         assignment = await self.store.read(partial(_own, device, assignment_id))
@@ -157,13 +156,13 @@ class DeviceService:
         return await self._answer(assignment)
 
     async def declined(
-        self, device: Device, assignment_id: AssignmentId, refusal: Refusal, permanent: bool
+        self, device: Device, assignment_id: AssignmentId, refusal: Refusal, *, permanent: bool
     ) -> ProgressAnswer:
         """The device would not."""
         return await self._report(device, assignment_id, Decline(refusal, permanent))
 
     async def failed(
-        self, device: Device, assignment_id: AssignmentId, refusal: Refusal, permanent: bool
+        self, device: Device, assignment_id: AssignmentId, refusal: Refusal, *, permanent: bool
     ) -> ProgressAnswer:
         """The device could not."""
         return await self._report(device, assignment_id, Fail(refusal, permanent))
@@ -211,7 +210,7 @@ class DeviceService:
         return assignment
 
     async def open_adapter(
-        self, device: Device, assignment_id: AssignmentId, key: str, offset: int, digest: Digest | None
+        self, device: Device, assignment_id: AssignmentId, *, key: str, offset: int, digest: Digest | None
     ) -> OpenAdapter:
         """The adapter file of an open assignment, rendered when it is asked for the first time."""
         assignment = await self.store.read(partial(_own, device, assignment_id))
@@ -238,12 +237,6 @@ class DeviceService:
         offers = _adapters(assignment)
         if key == offers[-1].key and assignment.is_open:
             await self._move(assignment, Deliver())
-
-    def sent(self, device: Device, assignment_id: AssignmentId, count: int) -> None:
-        """Count bytes that go to a device."""
-        self.hub.moved(assignment_id, down=count)
-        self.hub.seen(device.id, self.engine.clock())
-        self.observer.bytes_moved(down=count)
 
     async def _report(self, device: Device, assignment_id: AssignmentId, event: AssignmentEvent) -> ProgressAnswer:
         assignment = await self.store.read(partial(_own, device, assignment_id))

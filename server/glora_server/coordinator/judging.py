@@ -17,7 +17,7 @@ from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.transitions import Transition, step
 from glora_server.rounds.assignment import AcceptUpdate, Assignment, AssignmentPhase, RejectUpdate
 from glora_server.rounds.round import GATHERING, Moved
-from glora_wire.errors import GloraError, Reason, Refusal
+from glora_wire.errors import GloraError, Refusal
 
 log = structlog.get_logger(__name__)
 
@@ -58,24 +58,23 @@ class Judge:
         self._engine.committed(done)
 
     async def _verdict(self, run: Run, assignment: Assignment, upload: Upload) -> tuple[Refusal | None, float | None]:
+        """The refusal, or None and the norm; trouble of the server's own is raised and leaves the verdict owed."""
         spec = RunSpec.from_json(run.spec_json)
-        try:
-            scales = await asyncio.to_thread(
-                check_scales, upload.adapter_config_json, run.manifest, spec, assignment.rank
-            )
-            with self._blobs.local(upload.digest) as path:
-                await asyncio.to_thread(check_file, path, run.manifest, assignment.rank, spec.wire.dtype)
-                job = CheckJob(
-                    path=path,
-                    scales=scales,
-                    expected=upload_specs(run.manifest, assignment.rank, spec.wire.dtype),
-                    max_norm=spec.limits.max_update_norm,
+        with self._blobs.local(upload.digest) as path:
+            try:
+                scales = await asyncio.to_thread(
+                    check_scales, upload.adapter_config_json, run.manifest, spec, assignment.rank
                 )
-                result = await retrying(partial(self._numerics.check, job))
-        except GloraError as error:
-            if error.reason is Reason.AGGREGATION_FAILED:
-                raise
-            return error.as_refusal(), None
+                await asyncio.to_thread(check_file, path, run.manifest, assignment.rank, spec.wire.dtype)
+            except GloraError as error:
+                return error.as_refusal(), None
+            job = CheckJob(
+                path=path,
+                scales=scales,
+                expected=upload_specs(run.manifest, assignment.rank, spec.wire.dtype),
+                max_norm=spec.limits.max_update_norm,
+            )
+            result = await retrying(partial(self._numerics.check, job))
         return result.refusal, result.norm
 
     def _enter(self, owed: Owed, refusal: Refusal | None, norm: float | None, uow: UnitOfWork) -> Transition | None:

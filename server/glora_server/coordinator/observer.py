@@ -23,10 +23,6 @@ class Observer(Protocol):
         """A round was folded into a new version."""
         ...
 
-    def bytes_moved(self, *, down: int = 0, up: int = 0) -> None:
-        """Payload bytes went to or came from a device."""
-        ...
-
 
 class NobodyWatches:
     """An observer that ignores everything."""
@@ -38,7 +34,4 @@ class NobodyWatches:
         """Ignore."""
 
     def aggregated(self, *, seconds: float, updates: int) -> None:
-        """Ignore."""
-
-    def bytes_moved(self, *, down: int = 0, up: int = 0) -> None:
         """Ignore."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import (
     AuditEntry,
@@ -37,7 +38,7 @@ class Queries:
     store: Store
     hub: Hub
     clock: Callable[[], float]
-    catalogue: tuple[StrategyInfo, ...]
+    catalogue: Catalogue
     system_view: Callable[[UnitOfWork], SystemView]
 
     async def devices(self, page: Page) -> Listing[DeviceView]:
@@ -104,7 +105,7 @@ class Queries:
 
     async def strategies(self) -> tuple[StrategyInfo, ...]:
         """What a run can choose."""
-        return self.catalogue
+        return await self.catalogue.all()
 
     async def system(self) -> SystemView:
         """The server itself."""

@@ -115,7 +115,7 @@ class Readouts:
 def present_specs(
     manifest: Manifest, stored: Collection[str], ranks: Mapping[str, int], dtype: TensorDtype
 ) -> tuple[TensorSpec, ...]:
-    """Tensors of an adapter made from the `stored` parts; dense tensors that the server has no value of are left out."""
+    """Tensors of an adapter made from the `stored` parts; dense tensors that the server has no value of are absent."""
     specs: list[TensorSpec] = []
     for module in manifest.modules:
         rank = ranks[module.name]

@@ -40,8 +40,8 @@ class Desk(Protocol):
         """Keep the device in the round a little longer."""
         ...
 
-    def moved(self, assignment: Assignment, taken: int, done: int, total: int) -> None:
-        """Count bytes and show how far the upload is."""
+    def moved(self, assignment: Assignment, done: int, total: int) -> None:
+        """Show how far the upload is."""
         ...
 
     def closed(self, session: UploadSession) -> None:
@@ -105,7 +105,7 @@ class UploadSession:
             except OSError as error:
                 raise storage_error(error) from error
             self._taken += len(data)
-        self._service.moved(self.assignment, len(data), spool.size, self._header.digest.size)
+        self._service.moved(self.assignment, spool.size, self._header.digest.size)
         self._make_room()
         await self._prolong()
 

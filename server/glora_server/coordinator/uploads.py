@@ -20,7 +20,6 @@ from glora_server.coordinator.expectations import max_upload_bytes
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.messages import UploadHeader, UploadStateName, UploadStatus
 from glora_server.coordinator.model import Device, Upload
-from glora_server.coordinator.observer import Observer
 from glora_server.coordinator.ports import Blobs, Store, UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.spool import committed
@@ -43,7 +42,6 @@ class UploadService:
     blobs: Blobs
     engine: Engine
     hub: Hub
-    observer: Observer
     workspace: Workspace
     places: asyncio.Semaphore
     verdict_seconds: float = 600.0
@@ -116,10 +114,8 @@ class UploadService:
         event = Moved(assignment.id, Prolong(self.engine.clock() + PROLONG_SECONDS))
         await self.engine.apply(round_id, event)
 
-    def moved(self, assignment: Assignment, taken: int, done: int, total: int) -> None:
-        """Count bytes and show how far the upload is."""
-        self.observer.bytes_moved(up=taken)
-        self.hub.moved(assignment.id, up=taken)
+    def moved(self, assignment: Assignment, done: int, total: int) -> None:
+        """Show how far the upload is."""
         now = self.engine.clock()
         self.hub.seen(assignment.device_id, now)
         self.hub.progress[assignment.id] = LiveProgress(phase="uploading", done=done, total=total, loss=0.0, at=now)

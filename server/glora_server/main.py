@@ -1,0 +1,328 @@
+"""Reads settings, wires the parts, serves until told to stop: the one place that sees every part."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version as installed_version
+
+import structlog
+import uvicorn
+
+from glora_dashboard.api import create_app
+from glora_dashboard.ports import HealthCheck
+from glora_server.config import Settings, prepare_data_dir
+from glora_server.coordinator.catalogue import Catalogue
+from glora_server.coordinator.commands import Commands
+from glora_server.coordinator.device_service import DeviceService
+from glora_server.coordinator.engine import Engine
+from glora_server.coordinator.enrolment import EnrolmentService
+from glora_server.coordinator.exports import Exporter
+from glora_server.coordinator.folding import Folder
+from glora_server.coordinator.hub import Hub
+from glora_server.coordinator.judging import Judge
+from glora_server.coordinator.opening import Opener
+from glora_server.coordinator.ports import UnitOfWork
+from glora_server.coordinator.queries import Queries
+from glora_server.coordinator.readouts import Readouts
+from glora_server.coordinator.starting import RunStarter
+from glora_server.coordinator.uploads import UploadService
+from glora_server.coordinator.views import SystemView
+from glora_server.coordinator.workspace import Workspace
+from glora_server.engines.local import LocalEngine
+from glora_server.engines.protocol import DeviceChoice
+from glora_server.rounds.run import RunPhase
+from glora_server.rpc.server import GrpcServers
+from glora_server.rpc.services import RpcSettings, UseCases
+from glora_server.security.admin_token import AdminToken
+from glora_server.security.authority import FileAuthority
+from glora_server.security.rate import RateLimiter
+from glora_server.storage.blobs import FsspecBlobs
+from glora_server.storage.store import SqlStore
+from glora_server.telemetry.logging import configure_logging
+from glora_server.telemetry.metrics import Metrics
+from glora_wire.errors import GloraError, Reason
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Everything between the edges and the database."""
+
+    store: SqlStore
+    blobs: FsspecBlobs
+    numerics: LocalEngine
+    authority: FileAuthority
+    hub: Hub
+    engine: Engine
+    opener: Opener
+    devices: DeviceService
+    uploads: UploadService
+    enrolment: EnrolmentService
+    commands: Commands
+    queries: Queries
+
+
+class Server:
+    """A whole server in this process; `async with` starts and stops it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._started_at = time.time()
+        self._stack = contextlib.AsyncExitStack()
+        self.metrics = Metrics()
+        self.services: Services
+        self.grpc: GrpcServers
+        self.http_port = 0
+
+    async def __aenter__(self) -> Server:
+        try:
+            await self._start()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def _start(self) -> None:
+        settings = self._settings
+        http_socket = _listen(settings.http.host, settings.http.port)
+        self._stack.callback(http_socket.close)
+        self.http_port = http_socket.getsockname()[1]
+        services = self.services = self._wire()
+        self._stack.push_async_callback(services.store.close)
+        self._stack.push_async_callback(services.numerics.close)
+        await services.engine.start()
+        self._stack.push_async_callback(services.engine.close)
+        await services.opener.start()
+        self._stack.push_async_callback(services.opener.close)
+        self.grpc = self._grpc(services)
+        await self.grpc.start()
+        self._stack.push_async_callback(self.grpc.stop)
+        await self._stack.enter_async_context(self._http(services, http_socket))
+        await self._stack.enter_async_context(_background(self._warm_up(services)))
+        await self._stack.enter_async_context(_background(self.metrics.watch(services)))
+
+    def _wire(self) -> Services:
+        """The parts, each with what it needs."""
+        settings = self._settings
+        data = settings.data_dir
+        workspace = Workspace(data)
+        workspace.prepare()
+        authority = FileAuthority.open(
+            data / "authority",
+            settings.grpc.public_names,
+            device_lifetime=timedelta(days=settings.security.certificate_days),
+        )
+        store = SqlStore.open(settings.database_url)
+        blobs = FsspecBlobs(settings.blobs.url or data / "blobs", cache=data / "cache")
+        worker = settings.worker
+        choice = DeviceChoice.CUDA if worker.device.startswith("cuda") else DeviceChoice(worker.device)
+        numerics = LocalEngine(device=choice, threads=worker.threads)
+        hub = Hub()
+        self.metrics.hub = hub
+        engine = Engine(store=store, hub=hub, observer=self.metrics)
+        opener = Opener(store=store, hub=hub, engine=engine)
+        catalogue = Catalogue(numerics)
+        readouts = Readouts(store=store, blobs=blobs, numerics=numerics, workspace=workspace)
+        Judge(store=store, blobs=blobs, numerics=numerics, engine=engine, observer=self.metrics)
+        Folder(
+            store=store,
+            blobs=blobs,
+            numerics=numerics,
+            readouts=readouts,
+            engine=engine,
+            hub=hub,
+            observer=self.metrics,
+        )
+        return Services(
+            store=store,
+            blobs=blobs,
+            numerics=numerics,
+            authority=authority,
+            hub=hub,
+            engine=engine,
+            opener=opener,
+            devices=DeviceService(
+                store=store, engine=engine, opener=opener, hub=hub, readouts=readouts, catalogue=catalogue
+            ),
+            uploads=UploadService(
+                store=store,
+                blobs=blobs,
+                engine=engine,
+                hub=hub,
+                workspace=workspace,
+                places=asyncio.Semaphore(settings.grpc.max_concurrent_uploads),
+            ),
+            enrolment=EnrolmentService(store=store, authority=authority, clock=engine.clock),
+            commands=Commands(
+                store=store,
+                engine=engine,
+                opener=opener,
+                hub=hub,
+                authority=authority,
+                starter=RunStarter(store=store, numerics=numerics, clock=engine.clock),
+                exporter=Exporter(store=store, readouts=readouts),
+                clock=engine.clock,
+            ),
+            queries=Queries(
+                store=store, hub=hub, clock=engine.clock, catalogue=catalogue, system_view=self._system_view
+            ),
+        )
+
+    def _grpc(self, services: Services) -> GrpcServers:
+        settings = self._settings
+        return GrpcServers(
+            RpcSettings(
+                host=settings.grpc.host,
+                port=settings.grpc.port,
+                enrolment_host=settings.enrolment.host,
+                enrolment_port=settings.enrolment.port,
+                public_host=settings.grpc.public_host,
+                poll_min_seconds=settings.grpc.wait_seconds_min,
+                poll_max_seconds=settings.grpc.wait_seconds_max,
+            ),
+            services.authority,
+            UseCases(devices=services.devices, uploads=services.uploads, enrolment=services.enrolment),
+            limit=RateLimiter(),
+            observer=self.metrics,
+        )
+
+    @contextlib.asynccontextmanager
+    async def _http(self, services: Services, listener: socket.socket) -> AsyncIterator[None]:
+        settings = self._settings
+        app = create_app(
+            services.commands,
+            services.queries,
+            admin_token_check=AdminToken.open(settings.data_dir).matches,
+            health=_Health(services),
+            metrics_text=self.metrics.text,
+            metrics_open=settings.http.loopback or settings.http.metrics_open,
+            work_dir=settings.data_dir / "scratch",
+        )
+        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3)
+        server = _QuietServer(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await task
+
+    async def _warm_up(self, services: Services) -> None:
+        """Start the worker, so that the first round does not wait for it."""
+        try:
+            await services.numerics.start()
+        except GloraError as error:
+            log.error("worker_cannot_start", reason=str(error.reason), message=error.message)
+        else:
+            log.info("worker_started", device=services.numerics.device)
+
+    def _system_view(self, uow: UnitOfWork) -> SystemView:
+        settings, services, now = self._settings, self.services, time.time()
+        devices = uow.devices.all()
+        return SystemView(
+            version=installed_version("glora"),
+            started_at=self._started_at,
+            now=now,
+            grpc_port=self.grpc.port,
+            enrolment_port=self.grpc.enrolment_port,
+            http_port=self.http_port,
+            database=settings.database_url.partition(":")[0].partition("+")[0],
+            database_revision=services.store.revision,
+            worker_device=services.numerics.device,
+            authority_pin=services.authority.pin,
+            authority_expires_at=services.authority.server_expires_at,
+            devices=len(devices),
+            online_devices=sum(services.hub.is_online(device.id, now) for device in devices),
+            active_runs=sum(run.phase is RunPhase.ACTIVE for run in uow.runs.active()),
+            free_disk_bytes=shutil.disk_usage(settings.data_dir).free,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Health:
+    """What /readyz asks."""
+
+    services: Services
+
+    async def check(self) -> tuple[HealthCheck, ...]:
+        try:
+            await asyncio.wait_for(self.services.store.check(), 1.0)
+            database = HealthCheck(name="database", ok=True)
+        except (GloraError, TimeoutError) as error:
+            database = HealthCheck(name="database", ok=False, message=str(error) or "it does not answer")
+        device = self.services.numerics.device
+        worker = HealthCheck(name="worker", ok=bool(device), message=device or "the numerics worker is not running")
+        return database, worker
+
+
+class _QuietServer(uvicorn.Server):
+    """uvicorn without signal handlers of its own: this process has one place that decides when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; raises PORT_IN_USE."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise GloraError(
+            Reason.PORT_IN_USE,
+            f"HTTP cannot listen on {host}:{port}: {error.strerror}. Stop what uses the port, or set http.port.",
+            port=port,
+        ) from error
+    listener.setblocking(False)
+    return listener
+
+
+@contextlib.asynccontextmanager
+async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _serve(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    async with Server(settings) as server:
+        log.info(
+            "server_ready",
+            grpc_port=server.grpc.port,
+            enrolment_port=server.grpc.enrolment_port,
+            http=f"http://{settings.http.host}:{server.http_port}",
+            data_dir=str(settings.data_dir),
+        )
+        await stop.wait()
+        log.info("server_stops")
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM; raises GloraError when the server cannot start."""
+    configure_logging(settings.log.format, settings.log.level)
+    prepare_data_dir(settings.data_dir)
+    asyncio.run(_serve(settings))
