@@ -58,8 +58,15 @@ def contract(choice: StrategyChoice, *, round_index: int) -> ClientContract:
 def check_strategy(choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) -> Refusal | None:
     """Why the strategy cannot serve a run with these options and ranks; None when it can."""
     try:
-        check_options(choice.name, choice.options)
-        find_strategy(choice.name).check_plan((1, max_rank) if mixed_ranks else (max_rank,))
+        options = check_options(choice.name, choice.options)
+        strategy = find_strategy(choice.name)
+        strategy.check_plan((1, max_rank) if mixed_ranks else (max_rank,))
+        if strategy.contract(options).init is InitSource.FROZEN_STATE:
+            message = (
+                f"Strategy {choice.name} with these options trains on top of a frozen adapter, which devices are not "
+                'handed yet; choose rule = "delta" or "replace".'
+            )
+            return Refusal(reason=Reason.STRATEGY_OPTIONS, message=message)
     except AggregationError as error:
         return _refused(error).as_refusal()
     return None
