@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from glora_server.coordinator.engine import Engine
+from glora_server.coordinator.engine import Engine, one
 from glora_server.coordinator.exports import Exporter, Flavour
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import AuditEntry, Device, DeviceState, Run, TokenRecord
@@ -122,9 +122,7 @@ class Commands:
             self._note(uow, actor, action, saved.name, before=device.state.value, after=state.value)
             return saved, [] if state is DeviceState.APPROVED else self._drop_work(uow, saved)
 
-        device, moved = await self.store.write(work)
-        for done in moved:
-            self.engine.committed(done)
+        device, _ = await self.engine.commit(work, moved=lambda made: made[1])
         if state is DeviceState.APPROVED:
             self.hub.wake_device(device.id)
             await self.opener.device_arrived()
@@ -218,9 +216,7 @@ class Commands:
             )
             return saved, ended
 
-        run, ended = await self.store.write(work)
-        if ended is not None:
-            self.engine.committed(ended)
+        run, _ = await self.engine.commit(work, moved=lambda made: one(made[1]))
         return await self._changed(run)
 
     async def extend_round(self, actor: str, name: str, seconds: float) -> Round:
@@ -237,8 +233,7 @@ class Commands:
             self._note(uow, actor, "round.extend", f"{run.name}/{latest.number}", seconds=seconds)
             return step(uow, latest.id, Extended(deadline), at=self.clock())
 
-        done = await self.store.write(work)
-        self.engine.committed(done)
+        done = await self.engine.commit(work, moved=one)
         return done.after
 
     async def edit_policy(self, actor: str, name: str, changes: Mapping[str, object]) -> Run:
@@ -254,9 +249,7 @@ class Commands:
             self._note(uow, actor, "run.edit", run.name, **{key: str(value) for key, value in changes.items()})
             return uow.runs.save(replace(run, spec_json=spec.to_json())), moved
 
-        run, moved = await self.store.write(work)
-        if moved is not None:
-            self.engine.committed(moved)
+        run, _ = await self.engine.commit(work, moved=lambda made: one(made[1]))
         return await self._changed(run)
 
     async def _changed(self, run: Run) -> Run:

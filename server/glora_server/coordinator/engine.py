@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
+from typing import Any, TypeVar
 
 import structlog
 
@@ -25,6 +26,7 @@ from glora_server.rounds.ids import DeviceId, RoundId
 from glora_server.rounds.round import GATHERING, DeadlinePassed, Round, RoundEvent
 from glora_wire.errors import GloraError, Reason
 
+T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 Handler = Callable[[Owed], Awaitable[None]]
@@ -45,6 +47,7 @@ class Engine:
         self._nudge = asyncio.Event()
         self._timers: dict[RoundId, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._commits: set[asyncio.Task[Any]] = set()
 
     def handle(self, kind: OwedKind, handler: Handler) -> None:
         """Say who performs effects of this kind; before `start`."""
@@ -67,13 +70,29 @@ class Engine:
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, *self._commits, return_exceptions=True)
 
     async def apply(self, round_id: RoundId, event: RoundEvent) -> Round:
         """The round after `event`, committed; raises ILLEGAL_TRANSITION."""
-        done = await self._store.write(lambda uow: step(uow, round_id, event, at=self.clock()))
-        self.committed(done)
+        done = await self.commit(lambda uow: step(uow, round_id, event, at=self.clock()), moved=one)
         return done.after
+
+    async def commit(self, work: Callable[[UnitOfWork], T], *, moved: Callable[[T], Iterable[Transition]]) -> T:
+        """Run `work` in a transaction, then perform what follows from the steps that it took (`moved`).
+
+        A caller that is cancelled meanwhile leaves both to the engine: what was committed is always followed up.
+        """
+
+        async def both() -> T:
+            result = await self._store.write(work)
+            for done in moved(result):
+                self.committed(done)
+            return result
+
+        task = asyncio.create_task(both())
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+        return await asyncio.shield(task)
 
     def committed(self, done: Transition) -> None:
         """Perform what follows from a step that is in the database."""
@@ -167,6 +186,11 @@ class Engine:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def one(done: Transition | None) -> tuple[Transition, ...]:
+    """For `commit`: the work returns the one step that it took, or None."""
+    return () if done is None else (done,)
 
 
 def _save_seen(due: Mapping[DeviceId, tuple[float, Profile]], uow: UnitOfWork) -> None:

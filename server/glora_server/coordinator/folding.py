@@ -105,7 +105,7 @@ class Folder:
             )
             await self._engine.apply(work.round.id, AggregationFailed(error.as_refusal()))
             return
-        done, pruned = await self._store.write(partial(self._publish, work))
+        _, pruned = await self._engine.commit(partial(self._publish, work), moved=lambda made: (made[0],))
         seconds = time.perf_counter() - begun
         self._observer.aggregated(seconds=seconds, updates=len(work.uploads))
         log.info(
@@ -115,7 +115,6 @@ class Folder:
             updates=len(work.uploads),
             seconds=round(seconds, 3),
         )
-        self._engine.committed(done)
         self._clean_up(work, pruned)
         self._wake_evaluators()
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import structlog
 
-from glora_server.coordinator.engine import Engine
+from glora_server.coordinator.engine import Engine, one
 from glora_server.coordinator.expectations import check_file, check_scales, upload_specs
 from glora_server.coordinator.model import Owed, OwedKind, Run, Upload
 from glora_server.coordinator.numerics import retrying
@@ -42,7 +42,7 @@ class Judge:
             return
         run, assignment, upload = found
         refusal, norm = await self._verdict(run, assignment, upload)
-        done = await self._store.write(partial(self._enter, owed, refusal, norm))
+        done = await self._engine.commit(partial(self._enter, owed, refusal, norm), moved=one)
         if done is None:
             return
         self._observer.upload_judged(refusal)
@@ -55,7 +55,6 @@ class Judge:
                 reason=str(refusal.reason),
                 message=refusal.message,
             )
-        self._engine.committed(done)
 
     async def _verdict(self, run: Run, assignment: Assignment, upload: Upload) -> tuple[Refusal | None, float | None]:
         """The refusal, or None and the norm; trouble of the server's own is raised and leaves the verdict owed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,7 @@ class UploadSession:
         self._header = header
         self._place = place
         self._spool: Spool | None = None
+        self._writing: asyncio.Future[None] | None = None
         self._begun = time.monotonic()
         self._taken = 0
         self._prolonged_at = 0.0
@@ -101,7 +103,7 @@ class UploadSession:
             if spool.size + len(data) > self._header.digest.size:
                 raise GloraError(Reason.UPLOAD_TOO_LARGE, "The update is longer than its header announced.")
             try:
-                await asyncio.to_thread(spool.write, data)
+                await self._in_thread(partial(spool.write, data))
             except OSError as error:
                 raise storage_error(error) from error
             self._taken += len(data)
@@ -127,7 +129,7 @@ class UploadSession:
                     Reason.DIGEST_MISMATCH,
                     "The bytes that arrived are not those that were announced; they were dropped, send them again.",
                 )
-            await asyncio.to_thread(os.fsync, spool.descriptor)
+            await self._in_thread(partial(os.fsync, spool.descriptor))
             await self._service.receive(self.assignment, self._round_id, self._header, spool.path)
             await self.close()
         return await self._service.verdict(self.assignment.id, digest)
@@ -135,6 +137,8 @@ class UploadSession:
     async def close(self) -> None:
         """Let go of the file and the place; what was stored stays for the next stream."""
         self._place.give_back()
+        if self._writing is not None:
+            await asyncio.wait({self._writing})
         if self._spool is not None:
             spool, self._spool = self._spool, None
             await asyncio.to_thread(os.close, spool.descriptor)
@@ -145,6 +149,11 @@ class UploadSession:
         self.fenced = True
         async with self.idle:
             await self.close()
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        """Run `work` on the file; a stream that is cancelled goes at once, but `close` waits until `work` is done."""
+        self._writing = asyncio.ensure_future(asyncio.to_thread(work))
+        await asyncio.shield(self._writing)
 
     async def _drop(self) -> None:
         spool = self._open_spool()

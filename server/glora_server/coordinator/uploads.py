@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from glora_server.coordinator.engine import Engine
+from glora_server.coordinator.engine import Engine, one
 from glora_server.coordinator.errors import not_yours, storage_error
 from glora_server.coordinator.expectations import max_upload_bytes
 from glora_server.coordinator.hub import Hub
@@ -107,7 +107,7 @@ class UploadService:
             training_seconds=header.training_seconds,
             received_at=self.engine.clock(),
         )
-        self.engine.committed(await self.store.write(partial(self._receive, upload)))
+        await self.engine.commit(partial(self._receive, upload), moved=one)
 
     async def prolong(self, assignment: Assignment, round_id: RoundId) -> None:
         """Keep the device in the round a little longer."""
