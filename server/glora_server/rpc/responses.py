@@ -165,9 +165,9 @@ def renewal(record: EnrolmentRecord) -> enrolment_pb2.RenewCertificateResponse:
 
 
 def timestamp(seconds: float) -> Timestamp:
-    """Unix seconds as a message."""
+    """Unix seconds as a message, to the microsecond: a float has no more."""
     message = Timestamp()
-    message.FromNanoseconds(round(seconds * 1e9))
+    message.FromMicroseconds(round(seconds * 1e6))
     return message
 
 
