@@ -33,6 +33,7 @@ from glora_server.coordinator.ports import UnitOfWork
 from glora_server.coordinator.queries import Queries
 from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.starting import RunStarter
+from glora_server.coordinator.sweeping import sweep
 from glora_server.coordinator.uploads import UploadService
 from glora_server.coordinator.views import SystemView
 from glora_server.coordinator.workspace import Workspace
@@ -59,6 +60,7 @@ class Services:
 
     store: SqlStore
     blobs: FsspecBlobs
+    workspace: Workspace
     numerics: LocalEngine
     authority: FileAuthority
     hub: Hub
@@ -102,6 +104,7 @@ class Server:
         services = self.services = self._wire()
         self._stack.push_async_callback(services.store.close)
         self._stack.push_async_callback(services.numerics.close)
+        await sweep(services.store, services.blobs, services.workspace)
         await services.engine.start()
         self._stack.push_async_callback(services.engine.close)
         await services.opener.start()
@@ -148,6 +151,7 @@ class Server:
         return Services(
             store=store,
             blobs=blobs,
+            workspace=workspace,
             numerics=numerics,
             authority=authority,
             hub=hub,
