@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from glora_server.coordinator.model import (
     Device,
@@ -28,6 +29,9 @@ from glora_server.rounds.round import Round
 from glora_server.rounds.run import RunPhase
 from glora_wire.digests import Digest, digest_bytes
 from glora_wire.manifest import DenseTensor, Manifest, ModuleShape, ZerosInit
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 NOW = 1_800_000_000.25
 
@@ -108,7 +112,9 @@ def version(number: int = 0, **changes: Any) -> Version:
 
 def part(name: str = "encoder.layer.0.query", size: int = 4) -> StatePart:
     tensors = {
-        "u": TensorData(dtype="float32", shape=(size, 1), data=bytes(range(256)) * (size * 4 // 256) or b"\x00\xff" * 8),
+        "u": TensorData(
+            dtype="float32", shape=(size, 1), data=bytes(range(256)) * (size * 4 // 256) or b"\x00\xff" * 8
+        ),
         "a": TensorData(dtype="float64", shape=(0, 6), data=b""),
     }
     return StatePart(name=name, kind=TensorKind.MODULE, tensors=tensors)
@@ -210,3 +216,18 @@ def stage_round(uow: UnitOfWork) -> None:
     """The same, and round 1 with assignment a1."""
     stage(uow)
     uow.rounds.add(round_(assignments=(assignment(),)))
+
+
+def bound(work: Callable[[UnitOfWork, *Ts], T], *arguments: *Ts) -> Callable[[UnitOfWork], T]:
+    """The work with its arguments, for loops (a plain closure would see the last values of the loop)."""
+    return lambda uow: work(uow, *arguments)
+
+
+def together(*works: Callable[[UnitOfWork], object]) -> Callable[[UnitOfWork], None]:
+    """All of the works in one transaction, in their order."""
+
+    def work(uow: UnitOfWork) -> None:
+        for one in works:
+            one(uow)
+
+    return work

@@ -54,7 +54,8 @@ def postgres_server() -> Iterator[str]:
         run = _as_postgres()
         initdb = [binaries / "initdb", "-D", folder / "data", "-A", "trust", "-U", "postgres", "-N", "-E", "UTF8"]
         subprocess.run([*run, *map(str, initdb), "--locale=C.UTF-8"], check=True, capture_output=True, cwd="/tmp")
-        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c fsync=off -c full_page_writes=off -c max_connections=60"
+        settings = ("fsync=off", "full_page_writes=off", "deadlock_timeout=100ms", "max_connections=60")
+        options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -c {' -c '.join(settings)}"
         control = [*run, str(binaries / "pg_ctl"), "-D", str(folder / "data"), "-w", "-l", str(folder / "log")]
         subprocess.run([*control, "-o", options, "start"], check=True, stdout=subprocess.DEVNULL, cwd="/tmp")
         try:

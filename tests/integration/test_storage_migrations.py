@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Engine, Enum, inspect
+from sqlalchemy import Connection, Engine, Enum, inspect
 
 from glora_server.storage import migrate
 from glora_server.storage.database import connect
@@ -21,7 +21,9 @@ from glora_wire.errors import GloraError, Reason
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    url = f"sqlite:///{tmp_path}/glora.db" if request.param == "sqlite" else request.getfixturevalue("empty_postgres_url")
+    url = (
+        f"sqlite:///{tmp_path}/glora.db" if request.param == "sqlite" else request.getfixturevalue("empty_postgres_url")
+    )
     database = connect(url)
     yield url, database.writer
     database.dispose()
@@ -34,7 +36,7 @@ def _in_transaction(engine: Engine, work: Callable[..., Any], *arguments: Any) -
 
 def _differences(engine: Engine) -> list[Any]:
     with engine.begin() as connection:
-        return compare_metadata(MigrationContext.configure(connection), Base.metadata)
+        return list(compare_metadata(MigrationContext.configure(connection), Base.metadata))
 
 
 def test_empty_to_head_equals_the_models(empty: tuple[str, Engine]) -> None:
@@ -72,9 +74,13 @@ def test_upgrade_downgrade_upgrade(empty: tuple[str, Engine]) -> None:
 
 def test_a_migration_that_fails_leaves_nothing(empty: tuple[str, Engine]) -> None:
     _, engine = empty
-    with pytest.raises(RuntimeError), engine.begin() as connection:
+
+    def dies(connection: Connection) -> None:
         migrate.upgrade(connection)
         raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError):
+        _in_transaction(engine, dies)
     assert inspect(engine).get_table_names() == []
 
 
