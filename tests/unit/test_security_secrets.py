@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from glora_server.coordinator.token_secrets import secret_matches, secret_sha256
 from glora_server.security.admin_token import AdminToken, read_admin_token
 from glora_server.security.private_files import create_private, read_private
 from glora_server.security.rate import RateLimiter, address_of
-from glora_server.coordinator.token_secrets import secret_matches, secret_sha256
 from glora_wire.errors import GloraError, Reason
 
 
