@@ -219,7 +219,7 @@ async def test_replicas_lose_no_increment(shared_url: str) -> None:
 
 _KILLED = """
 import asyncio, os, sys, threading
-from storage_records import token
+from storage_records import bound, token
 from glora_server.storage.store import SqlStore
 
 async def main():

@@ -80,6 +80,10 @@ def _sqlite(url: URL) -> Database:
         memory = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
         _prepare_sqlite(memory, begin="BEGIN IMMEDIATE", read_only=False)
         return Database(memory, None, "sqlite://")
+    if "uri" in url.query:
+        raise GloraError(
+            Reason.DATABASE_UNUSABLE, "database.url names the SQLite file by its path; leave out file: and uri=true."
+        )
     _make_private(Path(str(url.database)))
     options = {"check_same_thread": False, "timeout": _BUSY_SECONDS}
     writer = create_engine(url, connect_args=options, pool_size=1, max_overflow=0)
