@@ -427,7 +427,19 @@ async def test_port_in_use_is_a_sentence_that_names_port_and_setting(world: Worl
         with pytest.raises(GloraError, match=f"Port {port} .*enrolment.port") as caught:
             await servers.start()
         assert caught.value.reason is Reason.PORT_IN_USE
-        await servers.stop()
+
+
+async def test_failed_start_gives_back_the_port_that_it_had(world: World, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        free = probe.getsockname()[1]
+    half = replace(SETTINGS, port=free, enrolment_port=world.servers.enrolment_port)
+    servers = other_servers(world, tmp_path, half)
+    with pytest.raises(GloraError):
+        await servers.start()
+    again = other_servers(world, tmp_path, replace(SETTINGS, port=free))
+    await again.start()
+    assert again.port == free
+    await again.stop()
 
 
 @pytest.mark.parametrize("host", ["203.0.113.1", "no such host", "x" * 300])

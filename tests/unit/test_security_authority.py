@@ -143,10 +143,9 @@ def test_bad_public_name_is_refused(tmp_path: Path) -> None:
     [
         ec.generate_private_key(ec.SECP256R1()),
         ec.generate_private_key(ec.SECP384R1()),
-        ed25519.Ed25519PrivateKey.generate(),
         rsa.generate_private_key(65537, 2048),
     ],
-    ids=["p256", "p384", "ed25519", "rsa2048"],
+    ids=["p256", "p384", "rsa2048"],
 )
 def test_device_certificate_says_what_the_server_decided(authority: FileAuthority, key: PrivateKey) -> None:
     request = request_pem(key, subject="admin", asks_for_ca=True)
@@ -214,9 +213,10 @@ def tampered_request() -> str:
         (request_pem(ec.generate_private_key(ec.SECP521R1())), "secp521r1"),
         (request_pem(rsa.generate_private_key(65537, 1024)), "1024"),
         (request_pem(dsa.generate_private_key(1024)), "kind"),
+        (request_pem(ed25519.Ed25519PrivateKey.generate()), "Ed25519"),
         (tampered_request(), "signature"),
     ],
-    ids=["empty", "text", "long", "curve", "short-rsa", "dsa", "tampered"],
+    ids=["empty", "text", "long", "curve", "short-rsa", "dsa", "ed25519", "tampered"],
 )
 def test_unusable_requests_are_refused(authority: FileAuthority, request_text: str, says: str) -> None:
     for use in (authority.key_of, lambda text: authority.issue(text, DEVICE, "x")):

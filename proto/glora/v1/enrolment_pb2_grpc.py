@@ -61,7 +61,7 @@ class EnrolmentServiceServicer(object):
         UNAUTHENTICATED TOKEN_UNKNOWN, TOKEN_EXPIRED, TOKEN_USED_UP,
         TOKEN_REVOKED: ask the operator for a new token.
         INVALID_ARGUMENT CSR_INVALID: the request is not a PKCS#10 with a good
-        signature and an EC P-256, Ed25519 or RSA (2048 bits or more) key.
+        signature and an EC P-256, EC P-384 or RSA (2048 bits or more) key.
         INVALID_ARGUMENT NAME_INVALID; ALREADY_EXISTS NAME_TAKEN: choose another name.
         PERMISSION_DENIED RANK_NOT_ALLOWED: more rank than the token allows.
         PERMISSION_DENIED DEVICE_REVOKED: this key was revoked.

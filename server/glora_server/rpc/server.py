@@ -62,6 +62,7 @@ class GrpcServers:
         self._use_cases = use_cases
         self._limit = limit
         self._observer = observer
+        self._edge = Edge(identity, use_cases.devices, observer)
         self._polls = Polls()
         self._running: list[tuple[grpc.aio.Server, health_aio.HealthServicer]] = []
         self._servicer: CoordinatorServicer | None = None
@@ -79,36 +80,42 @@ class GrpcServers:
 
     async def start(self) -> None:
         """Bind both ports, then serve; raises PORT_IN_USE, SETTINGS_INVALID, and then nothing was started."""
-        settings = self._settings
-        edge = Edge(self._identity, self._use_cases.devices, self._observer)
-        coordinator, enrolment = _server(), _server()
-        port = await _bind(coordinator, settings.host, settings.port, "grpc", self._credentials(mutual=True))
-        enrolment_port = await _bind(
-            enrolment,
-            settings.enrolment_host,
-            settings.enrolment_port,
-            "enrolment",
-            self._credentials(mutual=False),
+        settings, coordinator, enrolment = self._settings, _server(), _server()
+        # Both before either is taken: a server that was bound and never started keeps its port.
+        await asyncio.to_thread(check_free, settings.host, settings.port, "grpc")
+        await asyncio.to_thread(check_free, settings.enrolment_host, settings.enrolment_port, "enrolment")
+        mutual, plain = self._credentials(mutual=True), self._credentials(mutual=False)
+        self._ports = (
+            _bind(coordinator, settings.host, settings.port, "grpc", mutual),
+            _bind(enrolment, settings.enrolment_host, settings.enrolment_port, "enrolment", plain),
         )
-        self._ports = (port, enrolment_port)
+        await self._serve(coordinator, self._at_work(coordinator))
+        await self._serve(enrolment, self._joining(enrolment))
+        _log.info("grpc_started", port=self.port, enrolment_port=self.enrolment_port)
+
+    def _at_work(self, server: grpc.aio.Server) -> tuple[str, ...]:
+        """Register what devices with a certificate may call; the names of the services."""
+        use_cases = self._use_cases
         self._servicer = CoordinatorServicer(
-            self._use_cases, edge, self._polls, settings=settings, observer=self._observer
+            use_cases, self._edge, self._polls, settings=self._settings, observer=self._observer
         )
-        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(self._servicer, coordinator)
-        enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(
-            RenewalServicer(self._use_cases.enrolment, edge), coordinator
-        )
-        joining = EnrolmentServicer(
+        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(self._servicer, server)
+        renewal = RenewalServicer(use_cases.enrolment, self._edge)
+        enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(renewal, server)
+        return _COORDINATOR, _ENROLMENT
+
+    def _joining(self, server: grpc.aio.Server) -> tuple[str, ...]:
+        """Register what anyone may call; the names of the services."""
+        settings = self._settings
+        servicer = EnrolmentServicer(
             self._use_cases.enrolment,
-            edge,
+            self._edge,
             self._limit,
             public_host=settings.public_host,
-            public_port=settings.public_port or port,
+            public_port=settings.public_port or self.port,
         )
-        enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(joining, enrolment)
-        await self._serve(coordinator, (_COORDINATOR, _ENROLMENT))
-        await self._serve(enrolment, (_ENROLMENT,))
-        _log.info("grpc_started", port=port, enrolment_port=enrolment_port)
+        enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(servicer, server)
+        return (_ENROLMENT,)
 
     async def stop(self) -> None:
         """End long polls at once, let other calls finish for the grace period, then cut them off."""
@@ -140,11 +147,8 @@ def _server() -> grpc.aio.Server:
     return grpc.aio.server(options=_OPTIONS)
 
 
-async def _bind(
-    server: grpc.aio.Server, host: str, port: int, section: str, credentials: grpc.ServerCredentials
-) -> int:
-    """The port that was bound."""
-    await asyncio.to_thread(check_free, host, port, section)
+def _bind(server: grpc.aio.Server, host: str, port: int, section: str, credentials: grpc.ServerCredentials) -> int:
+    """The port that was bound; raises PORT_IN_USE when somebody was faster."""
     try:
         return server.add_secure_port(target(host, port), credentials)
     except RuntimeError as error:

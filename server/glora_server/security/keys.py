@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from glora_wire.errors import GloraError, Reason
 
-DeviceKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey | rsa.RSAPublicKey
+DeviceKey = ec.EllipticCurvePublicKey | rsa.RSAPublicKey
 
 _MAX_REQUEST: Final = 16 * 1024
 _RSA_BITS: Final = range(2048, 8192 + 1)
@@ -55,7 +55,7 @@ def requested_key(certificate_request_pem: str) -> DeviceKey:
         raise GloraError(
             Reason.CSR_INVALID,
             f"The certificate request cannot be used: {error}. Send a PKCS#10 request in PEM, signed with an EC key "
-            "(P-256 or P-384), an Ed25519 key, or an RSA key of 2048 to 8192 bits.",
+            "(P-256 or P-384) or an RSA key of 2048 to 8192 bits.",
         ) from error
     return key
 
@@ -65,12 +65,13 @@ def _accepted(key: object) -> DeviceKey:
     match key:
         case ec.EllipticCurvePublicKey() if isinstance(key.curve, _CURVES):
             return key
-        case ed25519.Ed25519PublicKey():
-            return key
         case rsa.RSAPublicKey() if key.key_size in _RSA_BITS:
             return key
         case ec.EllipticCurvePublicKey():
             raise ValueError(f"its key is on the curve {key.curve.name}")
+        case ed25519.Ed25519PublicKey():
+            # It would get a certificate and then fail every handshake: NO_COMMON_SIGNATURE_ALGORITHMS.
+            raise ValueError("its key is an Ed25519 key, which gRPC's TLS does not speak")
         case rsa.RSAPublicKey():
             raise ValueError(f"its RSA key has {key.key_size} bits")
         case _:

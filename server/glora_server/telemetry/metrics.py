@@ -68,7 +68,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         # One series of every two would only say when the server was started.
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # prometheus_client does not annotate it
         self.registry = registry if registry is not None else CollectorRegistry()
         self.hub: Hub | None = None
         """Told the bytes of each assignment, for the live views."""
