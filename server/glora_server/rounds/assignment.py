@@ -219,9 +219,9 @@ def _apply(a: Assignment, event: AssignmentEvent, at: float) -> Assignment:
         case Accept():
             return replace(a, phase=_P.ACCEPTED, accepted_at=at)
         case Deliver():
-            return replace(a, phase=_P.DELIVERED, accepted_at=a.accepted_at or at, delivered_at=at)
+            return replace(a, phase=_P.DELIVERED, accepted_at=_first(a.accepted_at, at), delivered_at=at)
         case StartUpload():
-            return replace(a, phase=_P.UPLOADING, upload_started_at=a.upload_started_at or at)
+            return replace(a, phase=_P.UPLOADING, upload_started_at=at)
         case Receive(training_rows=rows):
             return replace(a, phase=_P.RECEIVED, received_at=at, training_rows=rows)
         case AcceptUpdate():
@@ -238,6 +238,10 @@ def _apply(a: Assignment, event: AssignmentEvent, at: float) -> Assignment:
             return replace(a, phase=_P.COMPLETED, closed_at=at)
         case Prolong(deadline_at=deadline):
             return replace(a, deadline_at=max(a.deadline_at, deadline))
+
+
+def _first(known: float | None, at: float) -> float:
+    return at if known is None else known
 
 
 def _close(a: Assignment, phase: AssignmentPhase, refusal: Refusal, at: float) -> Assignment:

@@ -136,7 +136,8 @@ def staff(candidates: Iterable[Candidate], policy: RoundPolicy, *, max_rank: int
             message=f"{len(pool)} of {policy.quorum} needed devices are online and eligible.",
         )
     wanted = policy.target_devices or len(pool)
-    invited = min(len(pool), math.ceil(wanted * (1.0 + policy.over_selection)))
+    # 10 devices and a tenth more are 11, also where the product is 11.000000000000002.
+    invited = min(len(pool), math.ceil(wanted * (1.0 + policy.over_selection) - 1e-9 * wanted))
     chosen = _draw(pool, invited, policy.sampling, random.Random(seed))  # noqa: S311 - sampling, not a secret
     picks = tuple(Pick(device_id=c.device_id, rank=rank_for(c, max_rank)) for c in chosen)
     return Staffing(picks=picks, target=min(wanted, len(picks)) if policy.target_devices else 0)

@@ -66,7 +66,7 @@ def policy_problems(policy: RoundPolicy) -> list[tuple[str, str]]:
         ("quorum", policy.quorum >= 1, "must be at least 1"),
         (
             "quorum",
-            policy.target_devices == 0 or policy.quorum <= policy.target_devices,
+            policy.target_devices <= 0 or policy.quorum <= policy.target_devices,
             f"must not be above target_devices ({policy.target_devices})",
         ),
         ("over_selection", 0.0 <= policy.over_selection <= 10.0, "must be between 0 and 10"),

@@ -7,13 +7,14 @@
     planned      waits for enough devices; checks nothing; publishes why it waits; goes on with Opened.
     collecting   publishes the assignments; every update is accepted, rejected or expired with a reason; goes to
                  aggregating when all targeted devices have answered and the quorum is there, when the target is
-                 met, or at the deadline with the quorum; to grace at the deadline without it.
+                 met, or at the deadline with the quorum; to grace at the deadline without it. Where a verdict is
+                 still owed that could matter, the end of the window waits for it.
     grace        as collecting, once, with a deadline of its own; ends in aggregating, failed, or (policy "wait")
                  another grace period.
     aggregating  the set of accepted updates is fixed; every other assignment is closed. Leaves by
                  AggregationDone or AggregationFailed.
-What must not happen: an update joins after aggregating began; a received update is expired while its
-validation is still owed (the deadline then waits for the verdict); a round is aggregated below its quorum.
+What must not happen: an update joins after aggregating began; a received update that could be aggregated is
+expired while its validation is still owed; a round is aggregated below its quorum.
 
 Time is an event, the policy and the picks come from the caller: same input, same output.
 """
@@ -237,8 +238,8 @@ def _open(round_: Round, assignments: tuple[Assignment, ...], target: int, at: f
 
 def _move(round_: Round, assignment_id: AssignmentId, event: AssignmentEvent, at: float) -> Step:
     before = round_.find(assignment_id)
-    if isinstance(event, Prolong):
-        event = Prolong(min(event.deadline_at, (round_.opened_at or at) + round_.policy.longest_seconds))
+    if isinstance(event, Prolong) and round_.opened_at is not None:
+        event = Prolong(min(event.deadline_at, round_.opened_at + round_.policy.longest_seconds))
     after = machine.advance(before, event, at=at)
     if after is before:
         return round_, ()
@@ -249,27 +250,39 @@ def _move(round_: Round, assignment_id: AssignmentId, event: AssignmentEvent, at
 
 
 def _settle(round_: Round, at: float) -> Step:
-    """Applies the joint rule of the two machines: enough answers close the window."""
+    """Applies the joint rules of the two machines: enough answers, or the last verdict, close the window."""
     if round_.phase not in GATHERING:
         return round_, ()
-    if round_.target and round_.accepted >= round_.target:
+    enough = round_.accepted >= round_.policy.quorum
+    if enough and round_.target and round_.accepted >= round_.target:
+        return _enough(round_, at)
+    if not any(a.is_open for a in round_.assignments):
+        if enough:
+            return _close_window(round_, Reason.ROUND_CLOSED, "The round had enough updates.", at)
+        return _end(round_, RoundPhase.FAILED, _missed(round_, "every device has answered"), at)
+    return _deadline(round_, at)
+
+
+def _enough(round_: Round, at: float) -> Step:
+    """The target is met: nobody is waited for any more, but what was received whole still gets its verdict."""
+    if not round_.count(AssignmentPhase.RECEIVED):
         return _close_window(round_, Reason.ROUND_CLOSED, "The round had enough updates.", at)
-    if any(a.is_open for a in round_.assignments):
+    if not any(a.phase in machine.AWAITED for a in round_.assignments):
         return round_, ()
-    if round_.accepted >= round_.policy.quorum:
-        return _close_window(round_, Reason.ROUND_CLOSED, "The round had enough updates.", at)
-    return _end(round_, RoundPhase.FAILED, _missed(round_, "every device has answered"), at)
+    late = Refusal(reason=Reason.ROUND_CLOSED, message="The round had enough updates.")
+    return _expire(round_, lambda a: a.phase in machine.AWAITED, at, late), (Wake(),)
 
 
 def _deadline(round_: Round, at: float) -> Step:
-    if round_.deadline_at is not None and at < round_.deadline_at:
+    """What the deadline means at `at`; a verdict that is owed and could matter is waited for, and asks again."""
+    if round_.deadline_at is None or at < round_.deadline_at:
+        return round_, ()
+    received = round_.count(AssignmentPhase.RECEIVED)
+    if received and round_.accepted + received >= round_.policy.quorum:
         return round_, ()
     moving = [a.deadline_at for a in round_.assignments if a.phase is AssignmentPhase.UPLOADING and a.deadline_at > at]
     if moving:
         return replace(round_, deadline_at=max(moving)), ()
-    received = round_.count(AssignmentPhase.RECEIVED)
-    if received and round_.accepted + received >= round_.policy.quorum:
-        return _expire(round_, lambda a: a.phase in machine.AWAITED, at), (Wake(),)
     if round_.accepted >= round_.policy.quorum:
         return _close_window(round_, Reason.DEADLINE_PASSED, "The deadline of the round passed.", at)
     return _too_late(round_, at)
@@ -302,8 +315,7 @@ def _end(round_: Round, phase: RoundPhase, refusal: Refusal, at: float) -> Step:
     )
 
 
-def _expire(round_: Round, which: Callable[[Assignment], bool], at: float, refusal: Refusal | None = None) -> Round:
-    late = refusal or Refusal(reason=Reason.DEADLINE_PASSED, message="The deadline of the round passed.")
+def _expire(round_: Round, which: Callable[[Assignment], bool], at: float, late: Refusal) -> Round:
     return replace(
         round_,
         assignments=tuple(machine.advance(a, Expire(late), at=at) if which(a) else a for a in round_.assignments),
