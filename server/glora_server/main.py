@@ -45,6 +45,7 @@ from glora_server.rpc.services import RpcSettings, UseCases
 from glora_server.security.admin_token import AdminToken
 from glora_server.security.authority import FileAuthority
 from glora_server.security.rate import RateLimiter
+from glora_server.storage import migrate
 from glora_server.storage.blobs import FsspecBlobs
 from glora_server.storage.store import SqlStore
 from glora_server.telemetry.logging import configure_logging
@@ -243,7 +244,7 @@ class Server:
             enrolment_port=self.grpc.enrolment_port,
             http_port=self.http_port,
             database=settings.database_url.partition(":")[0].partition("+")[0],
-            database_revision=services.store.revision,
+            database_revision=migrate.head(),
             worker_device=services.numerics.device,
             authority_pin=services.authority.pin,
             authority_expires_at=services.authority.server_expires_at,
