@@ -17,6 +17,7 @@ from glora_server.config import Settings, prepare_data_dir
 from glora_server.storage import migrate
 from glora_server.storage.database import Database, connect
 from glora_server.storage.errors import unusable
+from glora_wire.errors import GloraError, Reason
 
 app = group(
     "Look after the database. The server brings it up to date by itself when it starts.",
@@ -29,6 +30,12 @@ app = group(
 def current(*, config: ConfigFile = None, data_dir: DataDir = None, as_json: JsonFlag = False) -> None:
     """Show the revision that the database has, and the one that this version works with."""
     settings = Settings.load(config, data_dir)
+    file = settings.data_dir / "glora.sqlite3"
+    if not settings.database.url.get_secret_value() and not file.exists():
+        sentence = (
+            f"There is no database {file} yet; the server makes it when it starts, and so does `glora db upgrade`."
+        )
+        raise GloraError(Reason.DATA_DIR_UNUSABLE, sentence)
     with _connection(settings) as (database, connection):
         found, wanted = migrate.current(connection), migrate.head()
     if as_json:
