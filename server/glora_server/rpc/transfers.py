@@ -77,8 +77,10 @@ class Download:
         if len(data) < wanted:
             raise RuntimeError(f"an adapter ends after {position + len(data)} of {order.digest.size} bytes")
         order.chunk(position, len(data))
-        chunk = coordinator_pb2.Chunk(offset=position, data=data)
-        await self._write(coordinator_pb2.PullAdapterResponse(chunk=chunk))
+        # Filled in place: a message that is put into another one is copied.
+        part = coordinator_pb2.PullAdapterResponse()
+        part.chunk.offset, part.chunk.data = position, data
+        await self._write(part)
         sent(len(data))
 
     async def _write(self, message: coordinator_pb2.PullAdapterResponse) -> None:
