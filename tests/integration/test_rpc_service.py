@@ -29,7 +29,7 @@ from glora_server.coordinator.messages import (
     WorkAnswer,
     WorkOffer,
 )
-from glora_server.coordinator.model import MetricPhase, Profile, Run, Version
+from glora_server.coordinator.model import DeviceState, MetricPhase, Profile, Run, Version
 from glora_server.coordinator.ports import StrategyInfo
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.rounds.assignment import Assignment, AssignmentKind
@@ -190,7 +190,7 @@ async def test_profile_is_passed_on_and_cut_to_size(
         run_name="r",
     )
     world.devices.answers.put_nowait(WorkAnswer(offer=None))
-    await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(profile=profile), timeout=5)
+    await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(profile=profile), timeout=60)
     [(_, device_id, got, timeout)] = world.devices.called("wait")
     assert device_id == "d1"
     assert got == Profile(
@@ -210,6 +210,31 @@ async def test_profile_is_passed_on_and_cut_to_size(
     )
     assert isinstance(timeout, float)
     assert SETTINGS.poll_min_seconds <= timeout <= SETTINGS.poll_max_seconds
+
+
+async def test_poll_is_answered_before_the_deadline_of_the_caller(
+    world: World, stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
+) -> None:
+    world.devices.answers.put_nowait(WorkAnswer(offer=None))
+    await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=10)
+    world.devices.answers.put_nowait(WorkAnswer(offer=None))
+    await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest())
+    bounded, free = (call[3] for call in world.devices.called("wait"))
+    assert isinstance(bounded, float)
+    assert isinstance(free, float)
+    assert 8.0 < bounded <= 9.0
+    assert free >= SETTINGS.poll_min_seconds
+
+
+async def test_device_that_is_revoked_while_it_waits_gets_no_work(
+    world: World, stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
+) -> None:
+    call = stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=10)
+    await eventually(lambda: world.devices.polls == 1)
+    world.devices.set_state("d1", DeviceState.REVOKED)
+    world.devices.answers.put_nowait(WorkAnswer(offer=work_offer()))
+    with refused(Reason.DEVICE_REVOKED, grpc.StatusCode.PERMISSION_DENIED):
+        await call
 
 
 async def test_poll_ends_when_the_device_goes_away(

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Final
 
 from typing_extensions import override
 
@@ -21,7 +22,9 @@ from glora_server.rpc.polls import Polls
 from glora_server.rpc.services import RpcObserver, RpcSettings, UseCases
 from glora_server.rpc.transfers import Download, Guard, Incoming, Part
 
-_READERS = 4
+_READERS: Final = 4
+_ANSWER_SECONDS: Final = 1.0
+"""Kept of a caller's deadline for the answer to a long poll."""
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
@@ -49,10 +52,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     ) -> coordinator_pb2.WaitForWorkResponse:
         """Work, or nothing after a while."""
         async with self._edge.device_call(context, "WaitForWork") as device:
-            settings = self._settings
-            timeout = random.uniform(settings.poll_min_seconds, settings.poll_max_seconds)  # noqa: S311 - spreads load
             profile = requests.profile(request.profile)
+            timeout = self._poll_seconds(context)
             answer = await self._polls.run(self._devices.wait_for_work(device, profile, timeout=timeout))
+            if answer.offer is not None:
+                # Half a minute has passed, in which the device may have been revoked.
+                await self._edge.identify(context)
             return responses.work(answer, time.time())
 
     # The generated signature wants an async generator; a coroutine that writes is cancelled where it stands, so that
@@ -113,6 +118,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             evaluations = requests.evaluations(request.evaluations)
             await self._devices.measured(device, assignment_id, evaluations, complete=request.complete)
             return coordinator_pb2.ReportMetricsResponse()
+
+    def _poll_seconds(self, context: Context) -> float:
+        """How long a poll may wait: a random time, which spreads load, and not until the caller's deadline."""
+        settings = self._settings
+        seconds = random.uniform(settings.poll_min_seconds, settings.poll_max_seconds)  # noqa: S311 - no secret
+        left: float | None = context.time_remaining()
+        return seconds if left is None else max(0.0, min(seconds, left - _ANSWER_SECONDS))
 
     async def _report(self, device: Device, request: coordinator_pb2.ReportProgressRequest) -> ProgressAnswer:
         assignment_id = requests.assignment_id(request.assignment)

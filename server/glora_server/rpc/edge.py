@@ -58,7 +58,9 @@ class Edge:
                 ending.code = grpc.StatusCode.OK.name
             except GloraError as error:
                 ending.code = code_for(error).name
-                _log.info("rpc_refused", reason=error.reason.value, message=error.message, peer=context.peer())
+                # A server that stops tells every waiting device so; that is no news to log a thousand times.
+                tell = _log.debug if error.reason is Reason.SHUTTING_DOWN else _log.info
+                tell("rpc_refused", reason=error.reason.value, message=error.message, peer=context.peer())
                 await refuse(context, error)
             except AbortError:
                 ending.code = context.code().name
