@@ -9,7 +9,7 @@ from glora_server.rounds.assignment import Assignment, AssignmentEvent, Assignme
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, VersionId
 from glora_server.rounds.plan import Candidate
 from glora_server.rounds.policy import RoundPolicy
-from glora_server.rounds.round import Effect, Moved, Opened, Round, RoundEvent, advance
+from glora_server.rounds.round import Effect, Moved, Opened, Round, RoundEvent, RoundPhase, advance
 from glora_wire.errors import Reason, Refusal
 
 BAD = Refusal(reason=Reason.NON_FINITE, message="The update holds NaN.")
@@ -72,6 +72,10 @@ class Driver:
         for event in events:
             owed += self.give(Moved(AssignmentId(device), event), at=at)
         return owed
+
+    def stands(self) -> RoundPhase:
+        """Where the round stands."""
+        return self.round.phase
 
     def phase_of(self, device: str) -> AssignmentPhase:
         """Where the device's assignment stands."""

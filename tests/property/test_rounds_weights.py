@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -33,7 +34,7 @@ def test_without_caps_weights_are_the_shares_of_rows(rows: list[int]) -> None:
 def test_more_rows_never_weigh_less_and_order_does_not_matter(rows: list[int], share: float) -> None:
     found = weights(rows, max_share=share)
     pairs = sorted(zip(rows, found, strict=True))
-    for (_, lighter), (_, heavier) in zip(pairs, pairs[1:], strict=False):
+    for (_, lighter), (_, heavier) in pairwise(pairs):
         assert lighter <= heavier * (1 + 1e-9)
     assert weights(rows[::-1], max_share=share) == pytest.approx(found[::-1], rel=1e-9)
 

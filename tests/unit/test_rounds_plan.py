@@ -28,7 +28,9 @@ DECLINED = Refusal(reason=Reason.UNKNOWN_LABEL, message="It has a label that the
 
 
 def devices(count: int) -> list[Candidate]:
-    return [candidate(f"d{number:02}", granted_rank=1 + number, training_rows=10 * number + 1) for number in range(count)]
+    return [
+        candidate(f"d{number:02}", granted_rank=1 + number, training_rows=10 * number + 1) for number in range(count)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +131,11 @@ def test_sampling_by_rank_takes_the_largest_and_draws_among_equals() -> None:
 
 
 def test_weighted_sampling_prefers_rows_without_excluding_anyone() -> None:
-    pool = [candidate("big", training_rows=900), candidate("mid", training_rows=90), candidate("tiny", training_rows=10)]
+    pool = [
+        candidate("big", training_rows=900),
+        candidate("mid", training_rows=90),
+        candidate("tiny", training_rows=10),
+    ]
     policy = RoundPolicy(target_devices=1, sampling=Sampling.WEIGHTED)
     drawn: dict[DeviceId, int] = {}
     for seed in range(600):
