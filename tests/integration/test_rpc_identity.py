@@ -11,11 +11,11 @@ import grpc.aio
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding
 from OpenSSL import SSL
-from rpc_fakes import (
+from rpc_fakes import device
+from rpc_world import (
     SETTINGS,
     Identity,
     World,
-    device,
     ended_authority,
     eventually,
     identity_from,

@@ -10,7 +10,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from rpc_fakes import SETTINGS, World, eventually, push_parts, refused, running_world
+from rpc_world import SETTINGS, World, eventually, push_parts, refused, running_world
 
 from glora.v1 import coordinator_pb2, coordinator_pb2_grpc
 from glora_server.coordinator.messages import UploadStatus
