@@ -24,10 +24,11 @@ from storage_records import (
 )
 
 from glora_server.coordinator.model import MetricPhase, Owed, OwedKind, Page
+from glora_server.coordinator.ports import UnitOfWork
 from glora_server.rounds import round as machine
 from glora_server.rounds.assignment import AssignmentPhase, Decline
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, VersionId
-from glora_server.rounds.round import Moved, Opened, RoundPhase
+from glora_server.rounds.round import Moved, Opened, Round, RoundPhase
 from glora_server.storage.store import SqlStore
 from glora_wire.errors import GloraError, Reason, Refusal
 
@@ -79,6 +80,23 @@ async def test_saving_a_round_follows_the_state_machine(store: SqlStore) -> None
     assert await store.read(lambda uow: uow.rounds.declined_for(RunId("id-first"))) == {
         DeviceId("id-nano"): (NOW + 2, _REFUSAL)
     }
+
+
+async def test_a_round_can_be_saved_more_than_once_in_a_transaction(store: SqlStore) -> None:
+    await store.write(stage_round)
+    done = assignment(phase=AssignmentPhase.ACCEPTED, accepted_at=NOW)
+
+    def work(uow: UnitOfWork) -> Round:
+        found = uow.rounds.get(RoundId("r1"))
+        grown = uow.rounds.save(replace(found, assignments=(*found.assignments, assignment("a2"))))
+        again = uow.rounds.save(replace(grown, assignments=(done, grown.assignments[1]), target=2))
+        uow.rounds.save_assignment(assignment("a2", message="said in passing"))
+        return uow.rounds.save(again)
+
+    saved = await store.write(work)
+    assert saved.assignments == (done, assignment("a2"))
+    assert await store.read(lambda uow: uow.rounds.get(RoundId("r1"))) == saved
+    assert saved.row_version == 3
 
 
 async def test_a_save_that_is_refused_changes_no_assignment(store: SqlStore) -> None:

@@ -179,6 +179,9 @@ async def test_after_close_nothing_is_taken_and_nothing_was_lost(shared_url: str
         await store.write(lambda uow: uow.tokens.add(token("late")))
     assert raised.value.reason is Reason.SHUTTING_DOWN
     with pytest.raises(GloraError) as raised:
+        await store.read(lambda uow: uow.tokens.list(Page()))
+    assert raised.value.reason is Reason.SHUTTING_DOWN
+    with pytest.raises(GloraError) as raised:
         await store.check()
     assert raised.value.reason is Reason.DATABASE_UNUSABLE
     again = SqlStore.open(shared_url, migrate=False)
@@ -373,3 +376,25 @@ async def test_a_connection_lost_in_the_commit_is_not_tried_again(postgres_url: 
     with pytest.raises(GloraError):
         await store.read(lambda uow: uow.tokens.get(TokenId("t")))
     await store.close()
+
+
+async def test_a_database_that_went_away_is_named_and_found_again(postgres_url: str) -> None:
+    store = SqlStore.open(postgres_url)
+    server, _, name = postgres_url.rpartition("/")
+    with psycopg.connect(f"{server}/postgres", autocommit=True) as admin:
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+        admin.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [name])
+        for attempt in (store.write(lambda uow: uow.tokens.add(token())), store.check()):
+            with pytest.raises(GloraError, match="does not answer") as raised:
+                await attempt
+            assert raised.value.reason is Reason.DATABASE_UNUSABLE
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
+    await store.write(lambda uow: uow.tokens.add(token()))
+    await store.check()
+    await store.close()
+
+
+def test_a_postgresql_database_that_is_not_there_is_named(postgres_server: str) -> None:
+    with pytest.raises(GloraError, match=r"nothing_here.*Create it first") as raised:
+        SqlStore.open(f"{postgres_server}/nothing_here")
+    assert raised.value.reason is Reason.DATABASE_UNUSABLE

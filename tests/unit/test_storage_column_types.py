@@ -37,7 +37,6 @@ _DIALECT = sqlite.dialect()
 @pytest.mark.parametrize(
     ("column", "value"),
     [
-        (types.Words(), "größe"),
         (types.WordsTuple(), ("a", 'b"', "")),
         (types.WordsTuple(), ()),
         (types.NumbersTuple(), (3, 0, 2**40)),
@@ -53,6 +52,13 @@ _DIALECT = sqlite.dialect()
 )
 def test_a_value_comes_back_as_it_went(column: Any, value: object) -> None:
     assert column.process_result_value(column.process_bind_param(value, _DIALECT), _DIALECT) == value
+
+
+def test_what_postgresql_cannot_store_is_replaced() -> None:
+    column = types.Words()
+    assert column.process_bind_param("a\x00b\ud800ö", _DIALECT) == "a\ufffdb?ö"
+    assert column.process_bind_param("plain", _DIALECT) == "plain"
+    assert column.process_bind_param(None, _DIALECT) is None
 
 
 def test_not_a_number_is_null_in_the_database() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import stat
 import sys
@@ -13,7 +14,6 @@ from storage_records import NOW, bound, token
 
 from glora_server.coordinator.model import Page
 from glora_server.coordinator.ports import UnitOfWork
-from glora_server.storage import database
 from glora_server.storage.database import url_for_log
 from glora_server.storage.store import SqlStore
 from glora_server.storage.unit_of_work import SqlUnitOfWork
@@ -63,7 +63,7 @@ def test_a_read_only_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def refuse(*_arguments: object) -> int:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(database.os, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     _refused(f"sqlite:///{tmp_path}/glora.db", "glora.db cannot be written .Permission denied.")
 
 

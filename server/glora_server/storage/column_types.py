@@ -36,11 +36,25 @@ def choice(enum: type[StrEnum], name: str) -> Enum:
     )
 
 
-class _AsText(TypeDecorator[T]):
-    """Something that is stored as text; NULL is None.
+def _storable(text: str) -> str:
+    """The text without what PostgreSQL cannot store: NUL becomes U+FFFD, a lone surrogate "?"."""
+    if text.isascii() and "\x00" not in text:
+        return text
+    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
 
-    What PostgreSQL cannot store (NUL, lone surrogates) becomes U+FFFD or "?", with SQLite too.
-    """
+
+class Words(TypeDecorator[str]):
+    """Text for people, names and ids; what PostgreSQL cannot store is replaced with SQLite too."""
+
+    impl = Text
+    cache_ok = True
+
+    def process_bind_param(self, value: str | None, dialect: Dialect) -> str | None:  # noqa: ARG002, D102
+        return None if value is None else _storable(value)
+
+
+class _AsText(TypeDecorator[T]):
+    """Something that is stored as text; NULL is None."""
 
     impl = Text
     cache_ok = True
@@ -54,24 +68,10 @@ class _AsText(TypeDecorator[T]):
         raise NotImplementedError
 
     def process_bind_param(self, value: T | None, dialect: Dialect) -> str | None:  # noqa: ARG002
-        if value is None:
-            return None
-        return self.encode(value).replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+        return None if value is None else _storable(self.encode(value))
 
     def process_result_value(self, value: Any | None, dialect: Dialect) -> T | None:  # noqa: ARG002
         return None if value is None else self.decode(value)
-
-
-class Words(_AsText[str]):
-    """Text for people, names and ids."""
-
-    cache_ok = True
-
-    def encode(self, value: str) -> str:  # noqa: D102
-        return str(value)
-
-    def decode(self, text: str) -> str:  # noqa: D102
-        return text
 
 
 class WordsTuple(_AsText[tuple[str, ...]]):
@@ -95,7 +95,7 @@ class NumbersTuple(_AsText[tuple[int, ...]]):
         return json.dumps(value)
 
     def decode(self, text: str) -> tuple[int, ...]:  # noqa: D102
-        return tuple(json.loads(text))
+        return () if text == "[]" else tuple(json.loads(text))
 
 
 class DigestText(_AsText[Digest]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Final
 
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from glora_wire.errors import GloraError, Reason
 
@@ -33,8 +33,11 @@ _HINTS: Final[tuple[tuple[str, str], ...]] = (
 
 
 def is_lost(error: DBAPIError) -> bool:
-    """Whether the connection is gone."""
-    return error.connection_invalidated or _sqlstate(error) in _PG_AWAY
+    """Whether the connection is gone, or could not be made (psycopg gives such an error no SQLSTATE)."""
+    if error.connection_invalidated or _sqlstate(error) in _PG_AWAY:
+        return True
+    by_psycopg = type(error.orig).__module__.partition(".")[0] == "psycopg"
+    return by_psycopg and isinstance(error, OperationalError) and not _sqlstate(error)
 
 
 def is_passing(error: DBAPIError) -> bool:

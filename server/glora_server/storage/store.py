@@ -11,6 +11,7 @@ from typing import Final, Self, TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from glora_server.coordinator.model import Page
 from glora_server.coordinator.ports import UnitOfWork
 from glora_server.storage import migrate as schema
 from glora_server.storage.database import READERS, Database, connect
@@ -70,6 +71,8 @@ class SqlStore:
 
     async def read(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run `work` on a consistent snapshot; raises RuntimeError when it tries to change anything."""
+        if not self._writer.alive:
+            raise GloraError(Reason.SHUTTING_DOWN, "The server is shutting down; ask again in a moment.")
         reader = self._database.reader
         if reader is None:
             answer: Future[T] = self._writer.submit(lambda connection: self._read_in_memory(connection, work))
@@ -80,7 +83,7 @@ class SqlStore:
         """Return when the database answers and changes are being taken; raises DATABASE_UNUSABLE."""
         if not self._writer.alive:
             raise GloraError(Reason.DATABASE_UNUSABLE, "The database is closed: the server is shutting down.")
-        await self.read(lambda uow: uow.outbox.pending())
+        await self.read(lambda uow: uow.audit.list(Page(size=1)))
 
     async def close(self) -> None:
         """Finish what was submitted, then close all connections."""

@@ -29,6 +29,8 @@ _GROUP: Final = 64
 _TRIES: Final = 5
 _FIRST_PAUSE: Final = 0.02
 """Seconds before the second try; doubles with every further one."""
+_PATIENCE: Final = 15.0
+"""Seconds after which no further try begins: the jobs behind this one wait for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class Writer:
     def _alone(self, job: _Job) -> _Outcome:
         """Run one job in a transaction of its own, a few times where trying again can help."""
         pause = _FIRST_PAUSE
+        begun = time.monotonic()
         for attempt in range(1, _TRIES + 1):
             try:
                 return self._attempt([job])[0]
@@ -145,7 +148,8 @@ class Writer:
                 cause = lost.__cause__
                 if not isinstance(cause, DBAPIError):
                     raise
-                if attempt == _TRIES or not is_passing(cause):
+                impatient = time.monotonic() - begun > _PATIENCE
+                if attempt == _TRIES or impatient or not is_passing(cause):
                     return _Outcome(job, error=self._translated(cause))
             time.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311 (jitter)
             pause *= 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from sqlalchemy import or_, update
+from sqlalchemy import bindparam, or_, update
 
 from glora_server.coordinator.model import Device, DeviceState, Listing, Page, Profile, TokenRecord
 from glora_server.rounds.ids import DeviceId, TokenId
@@ -74,10 +74,16 @@ class DeviceRepository:
 
     def seen(self, seen: Mapping[DeviceId, tuple[float, Profile]]) -> None:
         """Store last signs of life and profiles, whatever the row version."""
-        for device_id in sorted(seen):  # always in the same order, so that two replicas can not block each other
-            at, profile = seen[device_id]
-            statement = update(DeviceRow).where(DeviceRow.id == device_id).values(last_seen_at=at, profile=profile)
-            self._session.connection.execute(statement)
+        if not seen:
+            return
+        statement = (
+            update(DeviceRow)
+            .where(DeviceRow.id == bindparam("device"))
+            .values(last_seen_at=bindparam("at"), profile=bindparam("said"))
+        )
+        # Always in the same order, so that two replicas can not block each other.
+        values = [{"device": device, "at": seen[device][0], "said": seen[device][1]} for device in sorted(seen)]
+        self._session.connection.execute(statement, values)
 
     def list(self, page: Page) -> Listing[Device]:
         """Devices in order of enrolment."""

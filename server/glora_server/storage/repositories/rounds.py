@@ -33,6 +33,9 @@ class RoundRepository:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        # What this transaction has seen of a round: `save` compares with it instead of asking again. It can not be
+        # outdated: an assignment of a round changes with its round only, and `save` compares the row version first.
+        self._seen: dict[RoundId, Round] = {}
 
     def add(self, round_: Round) -> None:
         """Store a new round and its assignments; raises STALE_STATE when another replica planned the same one."""
@@ -49,16 +52,17 @@ class RoundRepository:
         row = self._session.first(columns_of(RoundRow).where(RoundRow.id == round_id), lock=True)
         if row is None:
             raise GloraError(Reason.ROUND_UNKNOWN, f"There is no round {round_id!r}.", round=round_id)
-        return self._whole([row])[0]
+        return self._see(row)
 
     def save(self, round_: Round) -> Round:
         """Store the round and those assignments that changed; raises STALE_STATE."""
         saved = save_row(self._session, RoundRow, round_, what=f"Round {round_.number}", without=_OWN)
-        stored = {item.id: item for item in self._whole_assignments([round_.id])[round_.id]}
+        stored = {item.id: item for item in self._stored_assignments(round_)}
         self._add_assignments([(i, item) for i, item in enumerate(round_.assignments) if item.id not in stored])
         for item in round_.assignments:
             if item.id in stored and stored[item.id] != item:
-                self.save_assignment(item)
+                self._update(item)
+        self._seen[saved.id] = saved
         return saved
 
     def latest(self, run_id: RunId) -> Round | None:
@@ -70,7 +74,7 @@ class RoundRepository:
             .limit(1)
         )
         row = self._session.first(statement, lock=True)
-        return None if row is None else self._whole([row])[0]
+        return None if row is None else self._see(row)
 
     def live(self) -> tuple[Round, ...]:
         """Every round that has not ended, of all runs, oldest first."""
@@ -101,11 +105,9 @@ class RoundRepository:
 
     def save_assignment(self, assignment: Assignment) -> None:
         """Store a change of an assignment that belongs to no round."""
-        statement = (
-            update(AssignmentRow).where(AssignmentRow.id == assignment.id).values(values_of(assignment, without={"id"}))
-        )
-        if self._session.connection.execute(statement).rowcount != 1:
-            raise _unknown(assignment.id)
+        if assignment.round_id is not None:
+            self._seen.pop(assignment.round_id, None)
+        self._update(assignment)
 
     def open_for(self, device_id: DeviceId) -> tuple[Assignment, ...]:
         """Open assignments of the device, oldest first."""
@@ -151,6 +153,26 @@ class RoundRepository:
         if items:
             values = [values_of(item) | {"position": position} for position, item in items]
             self._session.connection.execute(insert(AssignmentRow), values)
+
+    def _update(self, assignment: Assignment) -> None:
+        statement = (
+            update(AssignmentRow).where(AssignmentRow.id == assignment.id).values(values_of(assignment, without={"id"}))
+        )
+        if self._session.connection.execute(statement).rowcount != 1:
+            raise _unknown(assignment.id)
+
+    def _see(self, row: AnyRow) -> Round:
+        """The round of the row with its assignments, remembered."""
+        found = self._whole([row])[0]
+        self._seen[found.id] = found
+        return found
+
+    def _stored_assignments(self, round_: Round) -> Sequence[Assignment]:
+        """The assignments of the round as the database has them."""
+        seen = self._seen.get(round_.id)
+        if seen is not None and seen.row_version == round_.row_version:
+            return seen.assignments
+        return self._whole_assignments([round_.id])[round_.id]
 
     def _whole(self, rows: Sequence[AnyRow]) -> Sequence[Round]:
         """The rounds of the rows, with their assignments, in one more query."""
