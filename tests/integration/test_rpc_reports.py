@@ -152,6 +152,42 @@ async def test_fault_of_the_server_tells_no_details_but_where_to_look(
     assert logs[0]["exc_info"]
 
 
+async def test_refusal_is_logged_with_device_and_request(
+    world: World, stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
+) -> None:
+    world.devices.fault = GloraError(Reason.ASSIGNMENT_CLOSED, "Too late.")
+    context = [structlog.contextvars.merge_contextvars]
+    with structlog.testing.capture_logs(processors=context) as logs, refused(Reason.ASSIGNMENT_CLOSED):
+        await stub.ReportProgress(
+            report(accepted=coordinator_pb2.Accepted()), timeout=5, metadata=(("x-request-id", "abc-2"),)
+        )
+    [log] = logs
+    peer = log.pop("peer")
+    assert peer.startswith("ipv")
+    assert log == {
+        "event": "rpc_refused",
+        "log_level": "info",
+        "reason": "ASSIGNMENT_CLOSED",
+        "message": "Too late.",
+        "method": "ReportProgress",
+        "device": "name-d1",
+        "request_id": "abc-2",
+    }
+
+
+@pytest.mark.parametrize("given", ["x" * 65, "a b", "a;b", ""])
+async def test_strange_request_ids_are_replaced(
+    world: World, stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub, given: str
+) -> None:
+    world.devices.fault = ZeroDivisionError()
+    with refused(Reason.INTERNAL) as errors:
+        await stub.ReportProgress(
+            report(accepted=coordinator_pb2.Accepted()), timeout=5, metadata=(("x-request-id", given),)
+        )
+    assert errors[0].details["request"] != given
+    assert len(errors[0].details["request"]) == 12
+
+
 @pytest.mark.parametrize("reason", list(Reason))
 async def test_every_reason_arrives_with_its_variables(
     world: World, stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub, reason: Reason

@@ -74,6 +74,7 @@ class Edge:
                 _log.exception("rpc_failed", peer=context.peer())
                 await refuse(context, _internal(request_id))
             finally:
+                structlog.contextvars.unbind_contextvars("device")
                 seconds = time.perf_counter() - started
                 self._observer.rpc_finished(method=method, code=ending.code, seconds=seconds)
 
@@ -82,8 +83,9 @@ class Edge:
         """A call of the device whose certificate opened the connection."""
         async with self.call(context, method):
             device = await self.identify(context)
-            with structlog.contextvars.bound_contextvars(device=device.name):
-                yield device
+            # Until the call has ended, so that its refusal names the device too.
+            structlog.contextvars.bind_contextvars(device=device.name)
+            yield device
 
     async def identify(self, context: Context) -> Device:
         """The device that calls, asked anew each time so that a revocation counts at once.
