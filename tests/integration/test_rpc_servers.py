@@ -10,11 +10,8 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # no py.typed
-from grpc_reflection.v1alpha import (  # type: ignore[import-untyped]  # no py.typed
-    reflection_pb2,
-    reflection_pb2_grpc,
-)
+from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # no py.typed
+from grpc_reflection.v1alpha import reflection_pb2  # type: ignore[import-untyped]  # no py.typed
 from rpc_world import SETTINGS, World, new_key_and_request, running_world
 
 from glora.v1 import enrolment_pb2, enrolment_pb2_grpc
@@ -38,20 +35,26 @@ async def test_health_on_both_ports(world: World) -> None:
         (world.channel(), [*names, "glora.v1.CoordinatorService"]),
     ):
         async with channel:
-            health = health_pb2_grpc.HealthStub(channel)
+            check = channel.unary_unary(
+                "/grpc.health.v1.Health/Check",
+                request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+                response_deserializer=health_pb2.HealthCheckResponse.FromString,
+            )
             for service in services:
-                answer = await health.Check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+                answer = await check(health_pb2.HealthCheckRequest(service=service), timeout=5)
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_reflection_lists_the_services_of_each_port(world: World) -> None:
     async def services(channel: grpc.aio.Channel) -> set[str]:
         async with channel:
-            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-            call = stub.ServerReflectionInfo(
-                iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=5
+            reflect = channel.stream_stream(
+                "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+                request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+                response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
             )
-            answer = await call.read()
+            questions = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+            [answer] = [answer async for answer in reflect(questions, timeout=5)]
             return {service.name for service in answer.list_services_response.service}
 
     common = {"glora.v1.EnrolmentService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
