@@ -111,3 +111,11 @@ async def store(database_url: str) -> AsyncIterator[SqlStore]:
     opened = SqlStore.open(database_url, clock=lambda: NOW)
     yield opened
     await opened.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def shared_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database that several processes can open."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/glora.db"
+    return str(request.getfixturevalue("postgres_url"))
