@@ -60,8 +60,6 @@ class RoundControl:
 
     def __init__(self, seconds_left: float | None = None) -> None:
         self._cancelled = Event()
-        self.spare_seconds = 0.0
-        """What must still be done after training; training ends that much before the deadline."""
         self._deadline = math.inf
         self.set_seconds_left(seconds_left)
 
@@ -82,7 +80,7 @@ class RoundControl:
         """Why to stop now, given how long (seconds) the next step will take; None to go on."""
         if self._cancelled.is_set():
             return StopReason.CANCELLED
-        if time.monotonic() + next_step_seconds + self.spare_seconds > self._deadline:
+        if time.monotonic() + next_step_seconds > self._deadline:
             return StopReason.DEADLINE
         return None
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Final
 
 from glora.v1 import types_pb2
-from glora_client.data import DATASETS_PREFIX, count_rows
-from glora_wire.errors import GloraError, Reason
 
 MAX_AUTO_RANK: Final = 64
 _PROCESS_BYTES: Final = 600 * 1024**2
 """What torch, transformers and peft take before any model."""
-_COUNT_SECONDS: Final = 600
 
 
 def profile(
@@ -92,26 +87,6 @@ def advise_rank(model: Path) -> int:
     while rank < MAX_AUTO_RANK and 2.0 * weights * 4.0 * (2 * rank) / (2.0 * width) <= room:
         rank *= 2
     return rank
-
-
-def rows_of(source: str | None) -> int:
-    """How many rows the data has; formats that need large libraries are counted by a process of their own.
-
-    Raises GloraError DATA_EMPTY, DATA_INVALID.
-    """
-    if source is None:
-        return 0
-    if not source.startswith(DATASETS_PREFIX) and not source.lower().endswith(".parquet"):
-        return count_rows(source)
-    command = [sys.executable, "-m", "glora_client.data", source]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_COUNT_SECONDS, check=False)  # noqa: S603 - our own module
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-        if "rows" in answer:
-            return int(answer["rows"])
-        raise GloraError(Reason(answer["reason"]), answer["message"])
-    except (IndexError, ValueError, KeyError) as error:
-        raise GloraError(Reason.DATA_INVALID, f"{source} could not be read: {done.stderr.strip()[-300:]}") from error
 
 
 def _hidden_size(model: Path) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Final, NoReturn, TextIO, TypeAlias, TypeVar
 from glora_wire.errors import GloraError, Reason
 
 DATASETS_PREFIX: Final = "datasets:"
+_SECONDS: Final = 600.0
 _TEXT_FIELDS: Final = ("text", "sentence", "sentence1")
 _PAIR_FIELDS: Final = ("text_b", "sentence2")
 _RESPONSE_FIELDS: Final = ("response", "output", "completion")
@@ -68,6 +70,21 @@ def classification_rows(source: str, labels: Sequence[str]) -> list[Classificati
 def instruction_rows(source: str) -> list[InstructionRow]:
     """All rows of `source` for a causal language model; raises GloraError DATA_EMPTY or DATA_INVALID."""
     return _some(source, [_instruction(row, place) for row, place in _rows(source)])
+
+
+def check_rows(source: str, *, task: str, labels: Sequence[str]) -> int:
+    """How many rows `source` has for the task, every one of them checked and none kept; raises as the readers do."""
+    ids = {label: index for index, label in enumerate(labels)}
+    count = 0
+    for row, place in _rows(source):
+        if task == "sequence_classification":
+            _classification(row, place, ids, labels)
+        else:
+            _instruction(row, place)
+        count += 1
+    if count == 0:
+        _empty(source)
+    return count
 
 
 def count_rows(source: str) -> int:
@@ -266,15 +283,40 @@ def _invalid(place: object, what: str) -> GloraError:
     return GloraError(Reason.DATA_INVALID, f"{place}: {what}.", place=place)
 
 
-def _main(arguments: Sequence[str]) -> int:
-    """Prints the number of rows; a process of its own, so that pyarrow never stays in the agent's memory."""
+def _main() -> int:
+    """Answers one question of `separate`: a process of its own, so that pyarrow never stays in the agent's memory."""
+    question = json.load(sys.stdin)
+    source, task, labels = question["source"], question["task"], question["labels"]
     try:
-        answer: dict[str, object] = {"rows": count_rows(arguments[0])}
+        rows = check_rows(source, task=task, labels=labels) if task else count_rows(source)
+        answer: dict[str, object] = {"rows": rows}
     except GloraError as error:
         answer = {"reason": error.reason.value, "message": error.message}
     sys.stdout.write(json.dumps(answer) + "\n")
     return 0
 
 
+def rows_of(source: str | None, *, task: str = "", labels: Sequence[str] = ()) -> int:
+    """How many rows the data has (0 for None), checked when `task` is given; light on the memory of this process.
+
+    Raises GloraError DATA_EMPTY, DATA_INVALID, UNKNOWN_LABEL.
+    """
+    if source is None:
+        return 0
+    if not source.startswith(DATASETS_PREFIX) and _suffix(source) != ".parquet":
+        return check_rows(source, task=task, labels=labels) if task else count_rows(source)
+    question = json.dumps({"source": source, "task": task, "labels": list(labels)})
+    command = [sys.executable, "-m", "glora_client.data"]
+    done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=_SECONDS, check=False)  # noqa: S603 - our own module
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+        if "rows" in answer:
+            return int(answer["rows"])
+        refusal = GloraError(Reason(answer["reason"]), answer["message"])
+    except (IndexError, ValueError, KeyError) as error:
+        raise _invalid(source, f"it could not be read ({done.stderr.strip()[-300:]})") from error
+    raise refusal
+
+
 if __name__ == "__main__":
-    raise SystemExit(_main(sys.argv[1:]))
+    raise SystemExit(_main())

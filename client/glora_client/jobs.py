@@ -109,8 +109,7 @@ def _train(work: _Work, function: Fit) -> None:
         scale = work.adapted.scale()
         raise GloraError(Reason.SCALE_WRONG, f"The adapter has the scale {scale}, but the plan says {plan.scale}.")
     if held_out is not None and plan.evaluate_before:
-        seconds = _measure(work, held_out, Measured.BEFORE, plan.rank)
-        control.spare_seconds = seconds if plan.evaluate_after else 0.0
+        _measure(work, held_out, Measured.BEFORE, plan.rank)
     started = time.monotonic()
     report, planned = _fit(work, rows, function)
     if control.cancelled:
@@ -126,7 +125,8 @@ def _train(work: _Work, function: Fit) -> None:
         )
     )
     if held_out is not None and plan.evaluate_after:
-        control.spare_seconds = 0.0
+        # The update is on its way by now: the deadline was for it, not for what follows.
+        control.set_seconds_left(None)
         _measure(work, held_out, Measured.AFTER, plan.rank)
 
 
@@ -160,8 +160,8 @@ def _evaluate(work: _Work) -> None:
             _measure(work, held_out, Measured.VERSION, adapter.rank)
 
 
-def _measure(work: _Work, held_out: Encoder, measured: Measured, rank: int) -> float:
-    """Seconds that it took; emits the evaluation unless the time was over before its end."""
+def _measure(work: _Work, held_out: Encoder, measured: Measured, rank: int) -> None:
+    """Emit an evaluation, unless the time was over before its end."""
     plan = work.job.plan
     work.emit(Progressed(phase=Phase.EVALUATING))
     # No gradients are kept, so larger batches than in training cost no more memory.
@@ -172,10 +172,8 @@ def _measure(work: _Work, held_out: Encoder, measured: Measured, rank: int) -> f
         control=work.control,
         mixed_precision=plan.mixed_precision,
     )
-    if report is None:
-        return 0.0
-    work.emit(Evaluated(measured=measured, rank=rank, **dataclasses.asdict(report)))
-    return report.seconds
+    if report is not None:
+        work.emit(Evaluated(measured=measured, rank=rank, **dataclasses.asdict(report)))
 
 
 def _seed(job: Job) -> int:

@@ -182,13 +182,13 @@ class StateFolder:
         (self.path / "journal.json").unlink(missing_ok=True)
         self.update_path.unlink(missing_ok=True)
 
-    def prune(self, keep: frozenset[Path] = frozenset()) -> None:
-        """Delete pulled adapters beyond the newest few, and every partial download but those in `keep`."""
+    def prune(self, keep_partial: str = "") -> None:
+        """Delete pulled adapters beyond the newest few, and partial downloads that do not begin with `keep_partial`."""
         adapters = sorted((self.path / "adapters").glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
         for path in adapters[:-_KEPT_ADAPTERS]:
             path.unlink(missing_ok=True)
         for path in (self.path / "partial").iterdir():
-            if path not in keep:
+            if not keep_partial or not path.name.startswith(keep_partial):
                 path.unlink(missing_ok=True)
 
     def _take_lock(self) -> TextIO:
@@ -204,6 +204,13 @@ class StateFolder:
                 f"Another client uses the state folder {self.path}; give each device its own with --state-dir."
             ) from error
         return file
+
+
+def not_joined(folder: Path) -> GloraError:
+    """The error for a command that needs an identity."""
+    return _unusable(
+        f"This device has not joined a server yet (no identity in {folder}); run `glora client join` first."
+    )
 
 
 def _unusable(message: str) -> GloraError:

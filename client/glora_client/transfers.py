@@ -88,7 +88,7 @@ def pull_adapter(
     A payload that lies in the cache already is not transferred again. Raises Stopped, and GloraError: what PullAdapter
     says, DIGEST_MISMATCH or STREAM_MALFORMED for a stream that is not right (the next attempt starts from 0).
     """
-    partial = _Partial(state.path / "partial" / f"{_file_name(assignment)}-{_file_name(adapter_key)}.part")
+    partial = _Partial(state.path / "partial" / f"{file_name(assignment)}-{file_name(adapter_key)}.part")
     known = partial.digest()
     # Bytes are flushed to the disk in no particular order when a device loses power: the digest finds that out.
     offset = min(partial.size(), known.size) if known is not None else 0
@@ -253,6 +253,6 @@ def report_evaluations(
         call.result()
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
     """A name from the server made safe as part of a file name."""
     return "".join(character if character.isalnum() else "_" for character in name)[:100]
