@@ -10,7 +10,7 @@ import typer
 from glora_cli.connection import connected
 from glora_cli.group import group
 from glora_cli.output import JsonFlag, moment, share, show_json, show_json_list, show_pairs, show_table, size
-from glora_cli.rest import Api
+from glora_cli.rest import Api, at
 from glora_cli.token_commands import app as token_app
 from glora_dashboard.models import AssignmentAnswer, DeviceAnswer, DeviceRecordAnswer
 
@@ -48,7 +48,7 @@ def list_devices(api: Api, *, as_json: JsonFlag = False) -> None:
 
 def show_device(api: Api, name: _NAME, *, as_json: JsonFlag = False) -> None:
     """Show one device."""
-    device = api.get(DeviceAnswer, f"/devices/{name}")
+    device = api.get(DeviceAnswer, at("devices", name))
     if as_json:
         show_json(device)
         return
@@ -74,12 +74,12 @@ def show_device(api: Api, name: _NAME, *, as_json: JsonFlag = False) -> None:
 
 def approve_device(api: Api, name: _NAME, *, as_json: JsonFlag = False) -> None:
     """Let a pending or suspended device work."""
-    _report(api.post(DeviceRecordAnswer, f"/devices/{name}/approve"), as_json=as_json)
+    _report(api.post(DeviceRecordAnswer, at("devices", name, "approve")), as_json=as_json)
 
 
 def suspend_device(api: Api, name: _NAME, *, as_json: JsonFlag = False) -> None:
     """Give a device no work until it is approved again."""
-    _report(api.post(DeviceRecordAnswer, f"/devices/{name}/suspend"), as_json=as_json)
+    _report(api.post(DeviceRecordAnswer, at("devices", name, "suspend")), as_json=as_json)
 
 
 def revoke_device(
@@ -92,7 +92,7 @@ def revoke_device(
     """Refuse a device for good: its certificate counts no more, at once."""
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Revoke {name}? It cannot be undone.", abort=True)
-    _report(api.post(DeviceRecordAnswer, f"/devices/{name}/revoke"), as_json=as_json)
+    _report(api.post(DeviceRecordAnswer, at("devices", name, "revoke")), as_json=as_json)
 
 
 def set_device_rank(
@@ -103,7 +103,7 @@ def set_device_rank(
     as_json: JsonFlag = False,
 ) -> None:
     """Grant a device another rank, from its next assignment on."""
-    _report(api.post(DeviceRecordAnswer, f"/devices/{name}/rank", {"rank": rank}), as_json=as_json)
+    _report(api.post(DeviceRecordAnswer, at("devices", name, "rank"), {"rank": rank}), as_json=as_json)
 
 
 def doing(device: DeviceAnswer) -> str:

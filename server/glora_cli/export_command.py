@@ -13,7 +13,7 @@ import typer
 from glora_cli.connection import connected
 from glora_cli.group import single
 from glora_cli.output import JsonFlag, show_json
-from glora_cli.rest import Api
+from glora_cli.rest import Api, at
 from glora_dashboard.run_models import ExportAnswer
 from glora_wire.errors import GloraError, Reason
 
@@ -49,7 +49,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=".glora-export-", dir=out.parent) as folder:
         archive = Path(folder) / "adapter.zip"
         headers = api.download(
-            f"/runs/{run}/export", {"rank": rank, "flavour": flavour, "version_number": version}, archive
+            at("runs", run, "export"), {"rank": rank, "flavour": flavour, "version_number": version}, archive
         )
         unpack(archive, Path(folder) / "adapter")
         if out.exists():

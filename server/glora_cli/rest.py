@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
+from urllib.parse import quote
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -18,10 +19,16 @@ from glora_wire.errors import GloraError, Reason
 
 PREFIX: Final = "/api/v1"
 TIMEOUT_SECONDS: Final = 60.0
+PAGE_SIZE: Final = 500
 EXPORT_TIMEOUT_SECONDS: Final = 1800.0
 """The server renders a whole adapter before its first byte comes."""
 _ANSWER = TypeVar("_ANSWER", bound=BaseModel)
 _Params = Mapping[str, str | int | float]
+
+
+def at(*parts: str) -> str:
+    """The path of a thing; whatever its name holds stays one part of the path."""
+    return "".join(f"/{quote(part, safe='').replace('.', '%2E')}" for part in parts)
 
 
 class Api:
@@ -68,7 +75,7 @@ class Api:
         items: list[_ANSWER] = []
         token = ""
         while True:
-            params: _Params = {"page_token": token, "page_size": 500} if token else {"page_size": 500}
+            params: _Params = {"page_token": token, "page_size": PAGE_SIZE}
             part = self.get(PageAnswer[model], path, params)  # type: ignore[valid-type]  # a model made at run time
             items += part.items
             token = part.next_page_token
@@ -146,7 +153,7 @@ def _error_of(response: httpx2.Response) -> GloraError:
             f"{response.url} answered {response.status_code} {response.reason_phrase}, and not as a glora server does; "
             "look at --server-url.",
         )
-    return GloraError(reason, problem.detail, **{f"{name}": value for name, value in problem.details.items()})
+    return GloraError(reason, problem.detail, **problem.details)
 
 
 def _is_loopback(host: str) -> bool:

@@ -13,7 +13,7 @@ from glora_cli.connection import connected
 from glora_cli.group import group
 from glora_cli.manifest import build_manifest, read_manifest
 from glora_cli.output import JsonFlag, moment, show_json, show_json_list, show_table
-from glora_cli.rest import Api
+from glora_cli.rest import Api, at
 from glora_cli.run_view import print_run, standing
 from glora_cli.values import assignments, seconds
 from glora_cli.watch import watch_run
@@ -89,17 +89,17 @@ def with_labels(spec: RunSpec, folder: Path) -> RunSpec:
 
 def start_run(api: Api, name: _NAME, *, as_json: JsonFlag = False) -> None:
     """Start a run that was created."""
-    _report(api.post(RunAnswer, f"/runs/{name}/start"), as_json=as_json)
+    _report(api.post(RunAnswer, at("runs", name, "start")), as_json=as_json)
 
 
 def pause_run(api: Api, name: _NAME, *, as_json: JsonFlag = False) -> None:
     """Open no further round; a round that is open goes on, so that no work is lost."""
-    _report(api.post(RunAnswer, f"/runs/{name}/pause"), as_json=as_json)
+    _report(api.post(RunAnswer, at("runs", name, "pause")), as_json=as_json)
 
 
 def resume_run(api: Api, name: _NAME, *, as_json: JsonFlag = False) -> None:
     """Open rounds again."""
-    _report(api.post(RunAnswer, f"/runs/{name}/resume"), as_json=as_json)
+    _report(api.post(RunAnswer, at("runs", name, "resume")), as_json=as_json)
 
 
 def abort_run(
@@ -113,7 +113,7 @@ def abort_run(
     """End a run and its open round for good; its versions stay and can be exported."""
     if not yes and sys.stdin.isatty():
         typer.confirm(f"Abort {name}? It cannot be undone.", abort=True)
-    _report(api.post(RunAnswer, f"/runs/{name}/abort", {"reason": reason}), as_json=as_json)
+    _report(api.post(RunAnswer, at("runs", name, "abort"), {"reason": reason}), as_json=as_json)
 
 
 def extend_round(
@@ -124,7 +124,7 @@ def extend_round(
     as_json: JsonFlag = False,
 ) -> None:
     """Move the deadline of the open round."""
-    round_ = api.post(RoundRecordAnswer, f"/runs/{name}/extend", {"seconds": seconds(time)})
+    round_ = api.post(RoundRecordAnswer, at("runs", name, "extend"), {"seconds": seconds(time)})
     if as_json:
         show_json(round_)
     else:
@@ -144,7 +144,7 @@ def edit_run(
     glora run edit demo quorum=3 deadline_seconds=600 too_few=wait
     glora run edit demo 'tags=["lab"]' sampling=rank
     """
-    run = api.patch(RunAnswer, f"/runs/{name}/policy", {"changes": assignments(changes)})
+    run = api.patch(RunAnswer, at("runs", name, "policy"), {"changes": assignments(changes)})
     _report(run, as_json=as_json)
 
 
@@ -164,7 +164,7 @@ def list_runs(api: Api, *, as_json: JsonFlag = False) -> None:
 
 def show_run(api: Api, name: _NAME, *, as_json: JsonFlag = False) -> None:
     """Show a run: where it stands, who is in its round, why it waits, how good it is."""
-    run = api.get(RunAnswer, f"/runs/{name}")
+    run = api.get(RunAnswer, at("runs", name))
     if as_json:
         show_json(run)
     else:

@@ -10,7 +10,7 @@ import typer
 from glora_cli.connection import connected
 from glora_cli.group import group
 from glora_cli.output import JsonFlag, moment, show_json, show_json_list, show_table
-from glora_cli.rest import Api
+from glora_cli.rest import Api, at
 from glora_cli.values import seconds
 from glora_dashboard.models import NewTokenAnswer, TokenAnswer
 
@@ -91,7 +91,7 @@ def revoke_token(
     as_json: JsonFlag = False,
 ) -> None:
     """Let no further device join with a token; devices that joined stay."""
-    token = api.post(TokenAnswer, f"/tokens/{token_id}/revoke")
+    token = api.post(TokenAnswer, at("tokens", token_id, "revoke"))
     if as_json:
         show_json(token)
     else:

@@ -13,7 +13,7 @@ from rich.live import Live
 
 from glora_cli.failures import BROKEN
 from glora_cli.output import share
-from glora_cli.rest import Api
+from glora_cli.rest import Api, at
 from glora_cli.run_view import ENDED, device_line, page, round_line
 from glora_dashboard.run_models import RunAnswer
 from glora_wire.errors import GloraError, Reason
@@ -47,7 +47,7 @@ def _each(looks: Iterator[RunAnswer], show: Callable[[RunAnswer], None]) -> int:
 
 def _looks(api: Api, name: str) -> Iterator[RunAnswer]:
     """The run as it is now, and again after every change, up to its end."""
-    run = api.get(RunAnswer, f"/runs/{name}")
+    run = api.get(RunAnswer, at("runs", name))
     while True:
         yield run
         if run.phase in ENDED:
@@ -61,7 +61,7 @@ def _next_look(api: Api, name: str, revision: int) -> RunAnswer:
     attempt = 0
     while True:
         try:
-            return api.get(RunAnswer, f"/runs/{name}", {"wait": revision, "timeout": WAIT_SECONDS})
+            return api.get(RunAnswer, at("runs", name), {"wait": revision, "timeout": WAIT_SECONDS})
         except GloraError as error:
             if error.reason not in {Reason.SERVER_UNREACHABLE, Reason.SHUTTING_DOWN, Reason.DATABASE_UNUSABLE}:
                 raise

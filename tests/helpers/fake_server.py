@@ -106,11 +106,17 @@ class FakeServer:
     def with_things(cls) -> FakeServer:
         """Three devices and an active run."""
         server = cls()
-        for name in ("pi-1", "pi-2", "pi-3"):
-            server.device_records[name] = device(name)
-        server.device_records["pi-3"] = device("pi-3", DeviceState.PENDING)
-        server.run_records["demo"] = (server._run(spec(), RunPhase.ACTIVE), spec())
+        server.refill()
         return server
+
+    def refill(self) -> None:
+        """Three devices, an active run, and nothing else."""
+        self.device_records = {name: device(name) for name in ("pi-1", "pi-2")}
+        self.device_records["pi-3"] = device("pi-3", DeviceState.PENDING)
+        self.run_records = {"demo": (self._run(spec(), RunPhase.ACTIVE), spec())}
+        self.token_records, self.revisions, self.audit_log = {}, {}, []
+        self.checks = (HealthCheck(name="database", ok=True),)
+        self.round_deadline = NOW + 240
 
     # commands
 

@@ -38,14 +38,30 @@ def make_app(
     )
 
 
-@pytest.fixture
-def server() -> FakeServer:
-    return FakeServer.with_things()
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exports")
+
+
+@pytest.fixture(scope="module")
+def shared() -> FakeServer:
+    return FakeServer()
+
+
+@pytest.fixture(scope="module")
+def shared_app(shared: FakeServer, work_dir: Path) -> FastAPI:
+    return make_app(shared, work_dir)
 
 
 @pytest.fixture
-def app(server: FakeServer, tmp_path: Path) -> FastAPI:
-    return make_app(server, tmp_path / "exports")
+def server(shared: FakeServer) -> FakeServer:
+    shared.refill()
+    return shared
+
+
+@pytest.fixture
+def app(shared_app: FastAPI, server: FakeServer) -> FastAPI:
+    return shared_app
 
 
 @pytest.fixture
@@ -203,7 +219,7 @@ def test_waiting_for_a_change_answers_when_there_is_one(client: TestClient, serv
 
 
 def test_an_export_is_a_zip_of_the_folder_and_leaves_nothing_behind(
-    client: TestClient, server: FakeServer, tmp_path: Path
+    client: TestClient, server: FakeServer, work_dir: Path
 ) -> None:
     answer = client.post("/api/v1/runs/demo/export", json={"rank": 8, "flavour": "serving"})
     assert answer.headers["content-type"] == "application/zip"
@@ -212,13 +228,13 @@ def test_an_export_is_a_zip_of_the_folder_and_leaves_nothing_behind(
     with zipfile.ZipFile(BytesIO(answer.content)) as archive:
         assert archive.namelist() == ["adapter_config.json", "adapter_model.safetensors"]
         assert archive.testzip() is None
-    assert not list((tmp_path / "exports").iterdir())
+    assert not list(work_dir.iterdir())
 
 
-def test_a_refused_export_leaves_nothing_behind(client: TestClient, tmp_path: Path) -> None:
+def test_a_refused_export_leaves_nothing_behind(client: TestClient, work_dir: Path) -> None:
     answer = client.post("/api/v1/runs/demo/export", json={"rank": 8, "version_number": 7})
     assert (answer.status_code, answer.json()["reason"]) == (404, "VERSION_UNKNOWN")
-    assert not list((tmp_path / "exports").iterdir())
+    assert not list(work_dir.iterdir())
 
 
 def test_other_questions_have_answers(client: TestClient) -> None:
