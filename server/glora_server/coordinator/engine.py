@@ -8,6 +8,7 @@ engine reads live rounds and the outbox and carries on from there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -32,6 +33,10 @@ log = structlog.get_logger(__name__)
 Handler = Callable[[Owed], Awaitable[None]]
 _RETRY_SECONDS = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _SAVE_PRESENCE_SECONDS = 15.0
+_LOOK_AGAIN_SECONDS = 30.0
+"""How often the outbox is read without being asked to: the safety net below the wake-ups."""
+_RING_AGAIN_SECONDS = 1.0
+"""How long after a deadline that changed nothing (it rang early, or waits for a verdict) the next look is."""
 
 
 class Engine:
@@ -42,7 +47,7 @@ class Engine:
         self._hub = hub
         self._observer = observer
         self.clock = clock
-        self._handlers: dict[OwedKind, Handler] = {}
+        self._handlers: dict[OwedKind, list[Handler]] = {}
         self._in_flight: set[int] = set()
         self._nudge = asyncio.Event()
         self._timers: dict[RoundId, asyncio.TimerHandle] = {}
@@ -50,8 +55,8 @@ class Engine:
         self._commits: set[asyncio.Task[Any]] = set()
 
     def handle(self, kind: OwedKind, handler: Handler) -> None:
-        """Say who performs effects of this kind; before `start`."""
-        self._handlers[kind] = handler
+        """Say who performs effects of this kind, after those who said so before; before `start`."""
+        self._handlers.setdefault(kind, []).append(handler)
 
     async def start(self) -> None:
         """Pick up everything that a former process left."""
@@ -124,11 +129,11 @@ class Engine:
         self._hub.signals.notify(("assignment", assignment.id))
         self._hub.wake_device(assignment.device_id)
 
-    def _arm(self, round_: Round) -> None:
+    def _arm(self, round_: Round, *, least: float = 0.001) -> None:
         if (timer := self._timers.pop(round_.id, None)) is not None:
             timer.cancel()
         if round_.phase in GATHERING and round_.deadline_at is not None:
-            self._deadline_in(round_.id, max(0.0, round_.deadline_at - self.clock()) + 0.001)
+            self._deadline_in(round_.id, max(least, round_.deadline_at - self.clock() + 0.001))
 
     def _deadline_in(self, round_id: RoundId, delay: float) -> None:
         loop = asyncio.get_running_loop()
@@ -137,10 +142,13 @@ class Engine:
     async def _deadline(self, round_id: RoundId) -> None:
         try:
             round_ = await self.apply(round_id, DeadlinePassed())
-            self._arm(round_)
-        except GloraError as error:
-            if error.reason is not Reason.ILLEGAL_TRANSITION:
-                self._deadline_in(round_id, 1.0)
+        except Exception as error:  # a deadline must come, also when the database was away at that moment
+            if isinstance(error, GloraError) and error.reason is Reason.ILLEGAL_TRANSITION:
+                return
+            log.exception("deadline_not_kept", round=round_id)
+            self._deadline_in(round_id, _RING_AGAIN_SECONDS)
+            return
+        self._arm(round_, least=_RING_AGAIN_SECONDS)
 
     async def _save_presence(self) -> None:
         while True:
@@ -155,7 +163,8 @@ class Engine:
 
     async def _pump_outbox(self) -> None:
         while True:
-            await self._nudge.wait()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._nudge.wait(), _LOOK_AGAIN_SECONDS)
             self._nudge.clear()
             for owed in await self._pending():
                 if owed.id not in self._in_flight:
@@ -174,7 +183,8 @@ class Engine:
     async def _perform(self, owed: Owed) -> None:
         for attempt in itertools.count():
             try:
-                await self._handlers[owed.kind](owed)
+                for handler in self._handlers.get(owed.kind, ()):
+                    await handler(owed)
                 await self._store.write(lambda uow: uow.outbox.done(owed.id))
                 break
             except Exception:  # what is owed stays owed: log it and try again

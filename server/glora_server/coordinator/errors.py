@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from glora_server.rounds.assignment import Assignment
 from glora_wire.errors import GloraError, Reason
 
 
@@ -11,6 +12,16 @@ def not_yours(assignment_id: str) -> GloraError:
     """A device asked for an assignment that is not its own: it learns no more than that it does not exist."""
     return GloraError(
         Reason.ASSIGNMENT_UNKNOWN, f"There is no assignment {assignment_id} for this device.", assignment=assignment_id
+    )
+
+
+def assignment_closed(assignment: Assignment) -> GloraError:
+    """A device went on with an assignment of which nothing is expected any more."""
+    return GloraError(
+        Reason.ASSIGNMENT_CLOSED,
+        f"The assignment is {assignment.phase.value}: {assignment.message or 'its round is over'}",
+        assignment=assignment.id,
+        phase=assignment.phase.value,
     )
 
 
