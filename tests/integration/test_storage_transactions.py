@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from sqlalchemy import event
@@ -25,8 +27,9 @@ def _commits(store: SqlStore) -> list[str]:
     return seen
 
 
-def _spend(uow: UnitOfWork) -> int:
+def _spend(uow: UnitOfWork, pause: float = 0.0) -> int:
     before = uow.runs.get(RunId("id-first"))
+    time.sleep(pause)
     return uow.runs.save(replace(before, rounds_done=before.rounds_done + 1)).rounds_done
 
 
@@ -166,7 +169,8 @@ async def test_replicas_lose_no_increment(shared_url: str) -> None:
     """Two stores over one database: the row lock (PostgreSQL) or BEGIN IMMEDIATE (SQLite) puts them in line."""
     stores = [SqlStore.open(shared_url), SqlStore.open(shared_url)]
     await stores[0].write(stage)
-    results = await asyncio.gather(*(stores[i % 2].write(_spend) for i in range(20)))
+    slowly = partial(_spend, pause=0.01)  # in between the other replica reads, if nothing keeps it
+    results = await asyncio.gather(*(stores[i % 2].write(slowly) for i in range(20)))
     assert sorted(results) == list(range(1, 21))
     assert (await stores[1].read(lambda uow: uow.runs.get(RunId("id-first")))).rounds_done == 20
     for store in stores:
