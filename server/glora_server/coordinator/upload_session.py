@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ class Desk(Protocol):
     workspace: Workspace
 
     async def receive(self, assignment: Assignment, round_id: RoundId, header: UploadHeader, path: Path) -> None:
-        """Make the verified file an update of the round, durably."""
+        """Make the verified file an update of the round, durably; drop it where the round went on without it."""
         ...
 
     async def verdict(self, assignment_id: AssignmentId, digest: Digest) -> UploadStatus:
@@ -38,7 +39,7 @@ class Desk(Protocol):
         ...
 
     async def prolong(self, assignment: Assignment, round_id: RoundId) -> None:
-        """Keep the device in the round a little longer."""
+        """Keep the device in the round a little longer, where its deadline is near; raises ASSIGNMENT_CLOSED."""
         ...
 
     def moved(self, assignment: Assignment, done: int, total: int) -> None:
@@ -80,22 +81,30 @@ class UploadSession:
         self._header = header
         self._place = place
         self._spool: Spool | None = None
-        self._writing: asyncio.Future[None] | None = None
+        self._working: asyncio.Future[None] | None = None
         self._begun = time.monotonic()
         self._taken = 0
-        self._prolonged_at = 0.0
+        self._prolonged_at = -math.inf
         self.assignment = assignment
-        self.fenced = False
+        self._ended: GloraError | None = None
         self.idle = asyncio.Lock()
-        """Held while a chunk is being written, so that whoever fences the session can wait for the file."""
+        """Held while a chunk is being written, so that whoever ends the session can wait for the file."""
+
+    async def wait_for_place(self) -> None:
+        """Wait until there is room for one more fast stream."""
+        await self._place.take()
 
     async def begin(self) -> None:
         """Open the spool file and hash what it holds; raises OFFSET_INVALID when the device is wrong about it."""
+        async with self.idle:
+            await self._unbroken(asyncio.to_thread(self._open_file))
+
+    def _open_file(self) -> None:
         path = self._service.workspace.partial(self.assignment.id, self._header.digest)
-        self._spool = await asyncio.to_thread(open_spool, path, self._header.digest, self._header.offset)
+        self._spool = open_spool(path, self._header.digest, self._header.offset)
 
     async def chunk(self, offset: int, data: bytes) -> None:
-        """Store the next bytes; raises UPLOAD_FENCED, OFFSET_INVALID, UPLOAD_TOO_LARGE or STORAGE_FULL."""
+        """Store the next bytes; raises OFFSET_INVALID, UPLOAD_TOO_LARGE, STORAGE_FULL, or why it was ended."""
         async with self.idle:
             spool = self._open_spool()
             if offset != spool.size:
@@ -103,7 +112,7 @@ class UploadSession:
             if spool.size + len(data) > self._header.digest.size:
                 raise GloraError(Reason.UPLOAD_TOO_LARGE, "The update is longer than its header announced.")
             try:
-                await self._in_thread(partial(spool.write, data))
+                await self._unbroken(asyncio.to_thread(spool.write, data))
             except OSError as error:
                 raise storage_error(error) from error
             self._taken += len(data)
@@ -129,31 +138,37 @@ class UploadSession:
                     Reason.DIGEST_MISMATCH,
                     "The bytes that arrived are not those that were announced; they were dropped, send them again.",
                 )
-            await self._in_thread(partial(os.fsync, spool.descriptor))
-            await self._service.receive(self.assignment, self._round_id, self._header, spool.path)
+            await self._unbroken(self._hand_in(spool))
             await self.close()
         return await self._service.verdict(self.assignment.id, digest)
+
+    async def _hand_in(self, spool: Spool) -> None:
+        try:
+            await asyncio.to_thread(os.fsync, spool.descriptor)
+        except OSError as error:
+            raise storage_error(error) from error
+        await self._service.receive(self.assignment, self._round_id, self._header, spool.path)
 
     async def close(self) -> None:
         """Let go of the file and the place; what was stored stays for the next stream."""
         self._place.give_back()
-        if self._writing is not None:
-            await asyncio.wait({self._writing})
+        if self._working is not None:
+            await asyncio.wait({self._working})
         if self._spool is not None:
             spool, self._spool = self._spool, None
             await asyncio.to_thread(os.close, spool.descriptor)
         self._service.closed(self)
 
-    async def fence(self) -> None:
-        """End the session for a newer one; returns when the file is not touched any more."""
-        self.fenced = True
+    async def end(self, reason: GloraError) -> None:
+        """Let the stream fail with `reason`; returns when the file is not touched any more."""
+        self._ended = reason
         async with self.idle:
             await self.close()
 
-    async def _in_thread(self, work: Callable[[], None]) -> None:
-        """Run `work` on the file; a stream that is cancelled goes at once, but `close` waits until `work` is done."""
-        self._writing = asyncio.ensure_future(asyncio.to_thread(work))
-        await asyncio.shield(self._writing)
+    async def _unbroken(self, work: Coroutine[object, object, None]) -> None:
+        """Do `work` on the file; a stream that is cancelled goes at once, but `close` waits until `work` is done."""
+        self._working = asyncio.ensure_future(work)
+        await asyncio.shield(self._working)
 
     async def _drop(self) -> None:
         spool = self._open_spool()
@@ -161,8 +176,10 @@ class UploadSession:
         await asyncio.to_thread(partial(spool.path.unlink, missing_ok=True))
 
     def _open_spool(self) -> Spool:
-        if self.fenced or self._spool is None:
-            raise GloraError(Reason.UPLOAD_FENCED, "A newer upload of the same update took over; this one ends.")
+        if self._ended is not None:
+            raise self._ended
+        if self._spool is None:
+            raise GloraError(Reason.STREAM_MALFORMED, "The upload has ended; begin another one.")
         return self._spool
 
     def _make_room(self) -> None:
@@ -173,6 +190,6 @@ class UploadSession:
     async def _prolong(self) -> None:
         """A transfer that moves keeps its device in the round past the deadline."""
         now = time.monotonic()
-        if now - self._begun > _PROLONG_EVERY_SECONDS and now - self._prolonged_at > _PROLONG_EVERY_SECONDS:
+        if now - self._prolonged_at > _PROLONG_EVERY_SECONDS:
             self._prolonged_at = now
             await self._service.prolong(self.assignment, self._round_id)

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import structlog
+
 from glora_server.coordinator.engine import Engine, one
-from glora_server.coordinator.errors import not_yours, storage_error
+from glora_server.coordinator.errors import assignment_closed, not_yours, storage_error
 from glora_server.coordinator.expectations import max_upload_bytes
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.messages import UploadHeader, UploadStateName, UploadStatus
-from glora_server.coordinator.model import Device, Upload
+from glora_server.coordinator.model import Device, Owed, OwedKind, Upload
 from glora_server.coordinator.ports import Blobs, Store, UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.spool import committed
@@ -27,11 +30,13 @@ from glora_server.coordinator.transitions import Transition, step
 from glora_server.coordinator.upload_session import Place, UploadSession
 from glora_server.coordinator.views import LiveProgress
 from glora_server.coordinator.workspace import Workspace
-from glora_server.rounds.assignment import Assignment, AssignmentPhase, Prolong, Receive, StartUpload
+from glora_server.rounds.assignment import Assignment, AssignmentEvent, AssignmentPhase, Prolong, Receive, StartUpload
 from glora_server.rounds.ids import AssignmentId, RoundId
 from glora_server.rounds.round import PROLONG_SECONDS, Moved
 from glora_wire.digests import Digest
 from glora_wire.errors import GloraError, Reason, Refusal
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -56,6 +61,10 @@ class UploadService:
         path = self.workspace.partial(assignment_id, digest)
         return UploadStatus(state="partial", committed_bytes=await asyncio.to_thread(committed, path))
 
+    def __post_init__(self) -> None:
+        """Clean up after every round."""
+        self.engine.handle(OwedKind.CLOSED, self._round_closed)
+
     async def open(
         self, device: Device, assignment_id: AssignmentId, header: UploadHeader
     ) -> UploadSession | UploadStatus:
@@ -63,32 +72,63 @@ class UploadService:
 
         Raises ASSIGNMENT_UNKNOWN, ASSIGNMENT_CLOSED, UPLOAD_CONFLICT, UPLOAD_TOO_LARGE, WEIGHT_INVALID, OFFSET_INVALID.
         """
+        found = await self._standing(device, assignment_id, header)
+        opened = found if isinstance(found, UploadStatus) else await self._take_over(device, *found, header)
+        if isinstance(opened, UploadStatus) and opened.state == "received":
+            return await self.verdict(assignment_id, header.digest)
+        return opened
+
+    async def _standing(
+        self, device: Device, assignment_id: AssignmentId, header: UploadHeader
+    ) -> tuple[Assignment, RoundId] | UploadStatus:
+        """The assignment when bytes are wanted, else the answer; raises what `open` raises."""
         assignment, upload = await self.store.read(partial(_find, device, assignment_id))
         known = _answer(assignment, upload, header.digest)
-        if known is not None and known.state == "received":
-            return await self.verdict(assignment_id, header.digest)
         if known is not None and known.state != "discarded":
             return known
         round_id = _uploadable(assignment, upload, header.digest)
         await self._check_header(assignment, header)
-        older = self._sessions.get(assignment_id)
-        if older is not None:
-            await older.fence()
-        place = Place(self.places)
-        await place.take()
-        session = UploadSession(self, assignment, round_id, header, place)
-        self._sessions[assignment_id] = session
+        return assignment, round_id
+
+    async def _take_over(
+        self, device: Device, assignment: Assignment, round_id: RoundId, header: UploadHeader
+    ) -> UploadSession | UploadStatus:
+        """A session that is the only one of its assignment, once there is room for it."""
+        session = UploadSession(self, assignment, round_id, header, Place(self.places))
         try:
-            await asyncio.to_thread(self._drop_other_partials, assignment_id, header.digest)
+            await session.wait_for_place()
+            while (older := self._sessions.get(assignment.id)) is not None:
+                await older.end(_fenced())
+            self._sessions[assignment.id] = session
+            # Whoever was fenced may have handed in its update, and the round may have closed, in the meantime.
+            found = await self._standing(device, assignment.id, header)
+            if isinstance(found, UploadStatus):
+                await session.close()
+                return found
+            await asyncio.to_thread(self._drop_other_partials, assignment.id, header.digest)
             await session.begin()
-            await self.engine.apply(round_id, Moved(assignment_id, StartUpload()))
+            await self._move(assignment.id, round_id, StartUpload())
         except BaseException:
             await session.close()
             raise
         return session
 
+    async def _move(self, assignment_id: AssignmentId, round_id: RoundId, event: AssignmentEvent) -> None:
+        """Tell the round; raises ASSIGNMENT_CLOSED when it went on without the device."""
+        try:
+            await self.engine.apply(round_id, Moved(assignment_id, event))
+        except GloraError as error:
+            if error.reason is not Reason.ILLEGAL_TRANSITION:
+                raise
+            assignment = await self.store.read(lambda uow: uow.rounds.assignment(assignment_id))
+            raise assignment_closed(assignment) from error
+
     async def receive(self, assignment: Assignment, round_id: RoundId, header: UploadHeader, path: Path) -> None:
-        """Make the verified file an update of the round, durably."""
+        """Make the verified file an update of the round, durably; drop it where the round went on without it."""
+        now = await self.store.read(lambda uow: uow.rounds.assignment(assignment.id))
+        if not now.is_open:
+            await asyncio.to_thread(partial(path.unlink, missing_ok=True))
+            return
         try:
             await asyncio.to_thread(self.blobs.adopt, path, header.digest)
         except OSError as error:
@@ -107,12 +147,18 @@ class UploadService:
             training_seconds=header.training_seconds,
             received_at=self.engine.clock(),
         )
-        await self.engine.commit(partial(self._receive, upload), moved=one)
+        try:
+            await self.engine.commit(partial(self._receive, upload), moved=one)
+        except GloraError as error:
+            if error.reason is not Reason.ILLEGAL_TRANSITION:
+                raise
+            log.info("update_came_too_late", assignment=assignment.id, device=assignment.device_id)
 
     async def prolong(self, assignment: Assignment, round_id: RoundId) -> None:
-        """Keep the device in the round a little longer."""
-        event = Moved(assignment.id, Prolong(self.engine.clock() + PROLONG_SECONDS))
-        await self.engine.apply(round_id, event)
+        """Keep the device in the round a little longer, where its deadline is near; raises ASSIGNMENT_CLOSED."""
+        until = self.engine.clock() + PROLONG_SECONDS
+        if until > assignment.deadline_at:
+            await self._move(assignment.id, round_id, Prolong(until))
 
     def moved(self, assignment: Assignment, done: int, total: int) -> None:
         """Show how far the upload is."""
@@ -161,6 +207,18 @@ class UploadService:
                 Reason.WEIGHT_INVALID, "The update says that it was trained on no rows; an update needs at least one."
             )
 
+    async def _round_closed(self, owed: Owed) -> None:
+        """End the streams of a round that is over and drop what they left."""
+        round_ = await self.store.read(lambda uow: uow.rounds.get(owed.round_id))
+        for assignment in round_.assignments:
+            if (session := self._sessions.get(assignment.id)) is not None:
+                await session.end(assignment_closed(assignment))
+        await asyncio.to_thread(self._drop_partials, [a.id for a in round_.assignments])
+
+    def _drop_partials(self, assignment_ids: Sequence[AssignmentId]) -> None:
+        for path in self.workspace.partials(*assignment_ids):
+            path.unlink(missing_ok=True)
+
     def _drop_other_partials(self, assignment_id: AssignmentId, digest: Digest) -> None:
         keep = self.workspace.partial(assignment_id, digest)
         for path in self.workspace.partials(assignment_id):
@@ -189,6 +247,10 @@ def _answer(assignment: Assignment, upload: Upload | None, digest: Digest) -> Up
     return UploadStatus(state=state, committed_bytes=digest.size, refusal=_refusal(assignment))
 
 
+def _fenced() -> GloraError:
+    return GloraError(Reason.UPLOAD_FENCED, "A newer upload of the same update took over; this one ends.")
+
+
 def _refusal(assignment: Assignment) -> Refusal:
     reason = assignment.reason or Reason.ASSIGNMENT_CLOSED
     message = assignment.message or f"The assignment is {assignment.phase.value}."
@@ -204,10 +266,5 @@ def _uploadable(assignment: Assignment, upload: Upload | None, digest: Digest) -
             assignment=assignment.id,
         )
     if not assignment.is_open or assignment.round_id is None:
-        raise GloraError(
-            Reason.ASSIGNMENT_CLOSED,
-            f"The assignment is {assignment.phase.value}: {assignment.message or 'its round is over'}",
-            assignment=assignment.id,
-            phase=assignment.phase.value,
-        )
+        raise assignment_closed(assignment)
     return assignment.round_id

@@ -35,6 +35,6 @@ class Workspace:
         """The spool file of one assignment and digest."""
         return self.spool / f"{assignment_id}.{digest.algorithm.value}-{digest.hex}-{digest.size}.part"
 
-    def partials(self, assignment_id: str) -> list[Path]:
-        """Every spool file of the assignment."""
-        return sorted(self.spool.glob(f"{assignment_id}.*.part"))
+    def partials(self, *assignment_ids: str) -> list[Path]:
+        """Every spool file of the assignments."""
+        return sorted(path for path in self.spool.iterdir() if path.name.partition(".")[0] in assignment_ids)
