@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from importlib.metadata import version as installed_version
 from typing import Annotated, Final, NamedTuple
@@ -49,6 +50,8 @@ app = group(
 
 def main() -> None:
     """Run the command line of this process and exit."""
+    # Else gRPC's core prints lines of its own to stderr, one for each failed handshake; ours say it in words.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     sys.exit(run_guarded(app))
 
 

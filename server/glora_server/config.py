@@ -212,9 +212,9 @@ def _sentence(problem: Problem, source: _File, environment: Mapping[str, object]
 def _holds(tables: Mapping[str, object], location: Location) -> bool:
     branch: object = tables
     for part in location:
-        if not isinstance(branch, dict) or part not in branch:
+        if not isinstance(branch, Mapping) or part not in branch:
             return False
-        branch = branch[part]
+        branch = branch[str(part)]
     return bool(location)
 
 

@@ -39,6 +39,7 @@ from glora_server.coordinator.views import SystemView
 from glora_server.coordinator.workspace import Workspace
 from glora_server.engines.local import LocalEngine
 from glora_server.engines.protocol import DeviceChoice
+from glora_server.memory import keep_buffers
 from glora_server.rounds.run import RunPhase
 from glora_server.rpc.server import GrpcServers
 from glora_server.rpc.services import RpcSettings, UseCases
@@ -329,5 +330,6 @@ async def _serve(settings: Settings) -> None:
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; raises GloraError when the server cannot start."""
     configure_logging(settings.log.format, settings.log.level)
+    keep_buffers()
     prepare_data_dir(settings.data_dir)
     asyncio.run(_serve(settings))

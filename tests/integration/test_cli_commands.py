@@ -98,7 +98,7 @@ def test_a_token_is_printed_alone_so_that_a_script_can_take_it(command: Command,
     outcome = command("device", "token", "create", *words)
     (token,) = fake.token_records.values()
     assert outcome.out == f"glora-join-{token.id}\n"
-    assert "glora client join" in outcome.err
+    assert "glora client join --server HOST --token TOKEN" in outcome.err
     assert (token.max_uses, token.max_rank, token.tags, token.approve) == (3, 8, ("lab", "b"), False)
     assert token.expires_at - token.created_at == 7200
     assert token.id in command("device", "token", "list").out
@@ -179,6 +179,20 @@ def test_watching_ends_well_when_the_run_completes(command: Command, running: Ru
     assert "  pi-1 (rank 8): uploading, uploading 61/100" in lines
     assert "version 1, rank 8: accuracy 75.0 %" in lines
     assert len(lines) == len(set(lines)), "a line was repeated although nothing changed"
+
+
+def test_on_a_terminal_watching_shows_a_page_that_is_redrawn(
+    command: Command, running: Running, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glora_cli.watch.on_terminal", lambda: True)
+    end = threading.Timer(0.8, lambda: running.run(running.fake.complete_run("demo")))
+    end.start()
+    outcome = command("run", "watch", "demo")
+    end.join()
+    assert outcome.code == 0
+    assert "pi-1" in outcome.out
+    assert "1 of 2 updates are in" in outcome.out
+    assert "demo  completed" in outcome.out
 
 
 def test_watching_a_run_that_was_aborted_fails(command: Command) -> None:

@@ -116,7 +116,7 @@ async def test_a_page_token_that_was_not_given_out_is_refused(store: SqlStore) -
     for bad in ("x", "äö", "%00", _token('["a", 1]'), _token("{}"), _token("[1.5]")):
         with pytest.raises(GloraError, match="page token") as raised:
             await store.read(bound(lambda uow, bad: uow.devices.list(Page(token=bad)), bad))
-        assert _reason(raised) is Reason.SPEC_INVALID
+        assert _reason(raised) is Reason.REQUEST_INVALID
 
 
 def _token(text: str) -> str:

@@ -16,12 +16,14 @@ from glora_server.aggregation.strategies.base import (
     AggregationResult,
     ClientContract,
     InitSource,
+    MergeInstruction,
     Properties,
     Strategy,
     TrainMask,
     UploadSet,
+    Volume,
 )
-from glora_server.aggregation.strategies.options import ChoiceOption, NumberOption, Option, OptionValue
+from glora_server.aggregation.strategies.options import ChoiceOption, NumberOption, Option, OptionValue, RanksOption
 
 __all__ = [
     "STRATEGIES",
@@ -34,15 +36,18 @@ __all__ = [
     "Diagnostics",
     "InitSource",
     "LayerState",
+    "MergeInstruction",
     "NumberOption",
     "Option",
     "OptionValue",
     "PrincipalAngles",
     "Properties",
+    "RanksOption",
     "ReadoutStyle",
     "Strategy",
     "TrainMask",
     "UploadSet",
+    "Volume",
     "aggregate",
     "aggregate_with_options",
     "canonical_state",

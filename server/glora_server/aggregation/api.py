@@ -8,7 +8,7 @@ from glora_server.aggregation.errors import DeviceError, RankError, StateError
 from glora_server.aggregation.factors import ClientUpdate, check_updates
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, check_state
 from glora_server.aggregation.strategies import find_strategy
-from glora_server.aggregation.strategies.base import AggregationResult, Strategy
+from glora_server.aggregation.strategies.base import AggregationResult, Strategy, check_uploaded
 from glora_server.aggregation.strategies.options import OptionValue, resolve_options
 
 
@@ -46,6 +46,7 @@ def aggregate_with_options(
     if rank < 1:
         raise RankError(f"The server rank is {rank}; it must be at least 1.")
     check_updates(updates)
+    check_uploaded(updates, chosen.contract(resolved, round_index=round_index).upload, name=chosen.name)
     if state is not None:
         _check_fits(state, chosen, updates[0])
     return chosen.aggregate(state, updates, rank=rank, round_index=round_index, options=resolved)
@@ -73,7 +74,10 @@ def readout(
 
 def check_options(strategy: str, options: Mapping[str, OptionValue]) -> Mapping[str, OptionValue]:
     """All options of the strategy with their values, defaults filled in; for the moment when a run is created."""
-    return resolve_options(strategy, find_strategy(strategy).options, options)
+    chosen = find_strategy(strategy)
+    resolved = resolve_options(strategy, chosen.options, options)
+    chosen.contract(resolved)  # raises when options do not go together
+    return resolved
 
 
 def _check_fits(state: LayerState, strategy: Strategy, update: ClientUpdate) -> None:

@@ -63,6 +63,12 @@ class MissingSentError(AggregationError):
     reason = "MISSING_SENT"
 
 
+class ContractError(AggregationError):
+    """An update is not what its contract asks for: a factor is missing, or a common one was changed."""
+
+    reason = "BAD_CONTRACT"
+
+
 class UnknownStrategyError(AggregationError):
     """No strategy has that name."""
 

@@ -8,6 +8,7 @@ features, `n` = in features.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class ClientUpdate:
     `b` (d×r) and `a` (r×n) in the wire dtype; `scale` is s = alpha/r (rsLoRA: alpha/√r); `weight` ≥ 0 in any unit
     (training rows), normalised over the round. `sent` = (b0, a0) as the device received them, after rounding to the
     wire dtype; `sent_scale` is their scale where it is not `scale`.
+
+    A factor that was not uploaded is *absent*, which is not zero: it has rank 0, so b is d×0 or a is 0×n (see `only_a`
+    and `only_b`). Strategies whose contract uploads one factor ignore the other one or check it against the common one.
     """
 
     b: Tensor
@@ -49,8 +53,32 @@ class ClientUpdate:
 
     @property
     def rank(self) -> int:
-        """Number of columns of `b`."""
-        return self.b.shape[1]
+        """Number of columns of `b`, or of rows of `a` where `b` is absent."""
+        return self.b.shape[1] or self.a.shape[0]
+
+    @property
+    def has_b(self) -> bool:
+        """Whether B was uploaded."""
+        return self.b.shape[1] > 0
+
+    @property
+    def has_a(self) -> bool:
+        """Whether A was uploaded."""
+        return self.a.shape[0] > 0
+
+    @classmethod
+    def only_b(
+        cls, b: Tensor, scale: float, weight: float, *, in_features: int, sent: tuple[Tensor, Tensor] | None = None
+    ) -> Self:
+        """An update of which only B (d×r) was uploaded, for a module with n = in_features."""
+        return cls(b, b.new_zeros((0, in_features)), scale, weight, sent=sent)
+
+    @classmethod
+    def only_a(
+        cls, a: Tensor, scale: float, weight: float, *, out_features: int, sent: tuple[Tensor, Tensor] | None = None
+    ) -> Self:
+        """An update of which only A (r×n) was uploaded, for a module with d = out_features."""
+        return cls(a.new_zeros((out_features, 0)), a, scale, weight, sent=sent)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +191,7 @@ def check_updates(updates: Sequence[ClientUpdate]) -> None:
     first = updates[0]
     for position, update in enumerate(updates):
         name = f"Update {position}"
-        _check_form(update.b, update.a, name=name)
+        _check_form(update.b, update.a, name=name, one_may_be_absent=True)
         _check_scales(update, name=name)
         if (update.b.shape[0], update.a.shape[1]) != (first.b.shape[0], first.a.shape[1]):
             raise ShapeError(
@@ -183,12 +211,14 @@ def check_factors(b: Tensor, a: Tensor, *, name: str) -> None:
     _check_finite(b, a, name=name)
 
 
-def _check_form(b: Tensor, a: Tensor, *, name: str) -> None:
-    if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
+def _check_form(b: Tensor, a: Tensor, *, name: str, one_may_be_absent: bool = False) -> None:
+    fits = b.ndim == a.ndim == 2 and b.shape[1] == a.shape[0]
+    absent = one_may_be_absent and b.ndim == a.ndim == 2 and (b.shape[1] == 0) != (a.shape[0] == 0)
+    if not (fits or absent):
         raise ShapeError(
             f"{name} has B {tuple(b.shape)} and A {tuple(a.shape)}; B must be out×r and A r×in with the same r."
         )
-    if 0 in b.shape or 0 in a.shape:
+    if 0 in (b.shape[0], a.shape[1], b.shape[1] or a.shape[0]):
         raise ShapeError(f"{name} has an empty dimension: B {tuple(b.shape)}, A {tuple(a.shape)}.")
     if not b.dtype.is_floating_point or b.dtype != a.dtype:
         raise DtypeError(f"{name} has B {b.dtype} and A {a.dtype}; both must be the same floating dtype.")

@@ -36,13 +36,17 @@ class Rule(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundTerms:
-    """A round over one frame: S as the rule uses it, and per client ΔW_i and the change D_i, with X_i = S + D_i."""
+    """A round over one frame: S as the rule uses it, and per client ΔW_i and the change D_i, with X_i = S + D_i.
+
+    `anchor` is the combination whose columns span the previous common space, empty where there is none.
+    """
 
     frame: JointFrame
     weights: tuple[float, ...]
     base: Combination
     updates: tuple[Combination, ...]
     changes: tuple[Combination, ...]
+    anchor: Combination = ()
 
     def said(self, client: int) -> Combination:
         """X_i."""
@@ -63,9 +67,18 @@ def weighted_sum(combinations: Sequence[Combination], weights: Sequence[float]) 
 
 
 def round_terms(
-    rule: Rule, state: LayerState | None, updates: Sequence[ClientUpdate], weights: tuple[float, ...], *, eta: float
+    rule: Rule,
+    state: LayerState | None,
+    updates: Sequence[ClientUpdate],
+    weights: tuple[float, ...],
+    *,
+    eta: float,
+    anchored: bool = False,
 ) -> RoundTerms:
-    """The round's matrices as terms. Raises MissingSentError when the rule needs `sent` and an update has none."""
+    """The round's matrices as terms; `anchored` keeps the state in the frame for rules that do not use it.
+
+    Raises MissingSentError when the rule needs `sent` and an update has none.
+    """
     needs_sent = rule in {Rule.DELTA, Rule.FROZEN_TAIL}
     step = 1.0 if rule is Rule.REPLACE else eta
     blocks = [Block(left=update.b, right=update.a) for update in updates]
@@ -77,11 +90,18 @@ def round_terms(
             if block is not None:
                 changes[i] += (Term(block=len(blocks) + block, coefficient=-step * scale),)
         blocks += sent.blocks
-    base: Combination = ()
-    if rule is not Rule.REPLACE and state is not None and state.rank:
-        base = (Term(block=len(blocks), coefficient=1.0),)
+    held: Combination = ()
+    if (rule is not Rule.REPLACE or anchored) and state is not None and state.rank:
+        held = (Term(block=len(blocks), coefficient=1.0),)
         blocks.append(Block(left=state.u, right=state.a))
-    return RoundTerms(frame=JointFrame(blocks), weights=weights, base=base, updates=raw, changes=tuple(changes))
+    return RoundTerms(
+        frame=JointFrame(blocks),
+        weights=weights,
+        base=held if rule is not Rule.REPLACE else (),
+        updates=raw,
+        changes=tuple(changes),
+        anchor=held if anchored else (),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

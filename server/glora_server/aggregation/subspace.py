@@ -3,14 +3,19 @@ r"""Which R-dimensional column space the clients agree on (ALGORITHMS §1.2, §1
 With :math:`X_i = U_i\Sigma_iV_i^\top` cut to its revealed rank, :math:`K = \sum_i p_i
 U_i\,\mathrm{diag}(w_i)\,U_i^\top` and U_ref = TopEig_R(K):
 
-============  =====================================  ================================================
-rule          w_ij                                   the space maximises
-============  =====================================  ================================================
-`projector`   1                                      agreement of subspaces; a vote is at most p_i
-`ridge`       σ_ij² / (σ_ij² + τ²σ_i1²)              the same, softly: weak directions vote weakly
-`energy`      σ_ij²                                  Σ p_i‖PX_i‖²
-`mean`        (K = MMᵀ, M = Σ p_iX_i)                ‖PM‖², so P·M is the best rank-R part of M
-============  =====================================  ================================================
+===================  ==============================  ================================================
+rule                 w_ij                            the space maximises
+===================  ==============================  ================================================
+`projector`          1                               agreement of subspaces; a vote is at most p_i
+`ridge`              σ_ij² / (σ_ij² + τ²σ_i1²)       the same, softly: weak directions vote weakly
+`energy`             σ_ij²                           Σ p_i‖PX_i‖²
+`normalised_energy`  σ_ij² / Σ_j σ_ij²               the same of X_i/‖X_i‖; all of a client's votes: p_i
+`mean`               (K = MMᵀ, M = Σ p_iX_i)         ‖PM‖², so P·M is the best rank-R part of M
+===================  ==============================  ================================================
+
+Rank-normalised votes use p_i·ρ̄/ρ_i, ρ̄ = Σp_iρ_i, in place of p_i (not in `mean`, where nobody votes): every client then
+has the same vote mass by weight, whatever its rank, and with equal ranks nothing changes. An anchor β uses
+(1 − β)K + βU_{t−1}U_{t−1}ᵀ, which steadies the space between rounds.
 
 K is never formed: its eigenvectors are the left singular vectors of Z = [√(p_i w_ij) u_ij], in coordinates of the
 joint frame. All rules see {X_i, p_i} only, so none can depend on a device's gauge.
@@ -35,6 +40,7 @@ class Subspace(StrEnum):
     PROJECTOR = "projector"
     RIDGE = "ridge"
     ENERGY = "energy"
+    NORMALISED_ENERGY = "normalised_energy"
     MEAN = "mean"
 
 
@@ -88,25 +94,57 @@ def reveal(terms: RoundTerms, rank_tol: float) -> tuple[CompactSvd, ...]:
     return tuple(revealed)
 
 
-def consensus(subspace: Subspace, terms: RoundTerms, *, rank: int, rank_tol: float, ridge_tau: float) -> Consensus:
+def energy_rank(sigma: Tensor, energy: float) -> int:
+    """The smallest k with Σ_{j≤k} σ_j² ≥ energy·Σ σ_j², at least 1; energy 1 keeps all that is not zero."""
+    squares = sigma.square()
+    total = float(squares.sum())
+    if total == 0.0:
+        return 1
+    beyond = squares.flip(0).cumsum(0).flip(0)  # summed from the small end, so that a tail of rounding size counts
+    allowed = max(1.0 - energy, 0.0) * total
+    return max(1, int((beyond > allowed).sum()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Voting:
+    """How clients vote: the subspace rule, τ of `ridge`, votes by rank or not, and β of the anchor (0: none)."""
+
+    subspace: Subspace
+    ridge_tau: float = 0.1
+    rank_normalised: bool = False
+    anchor: float = 0.0
+
+
+def consensus(voting: Voting, terms: RoundTerms, *, rank: int, rank_tol: float) -> Consensus:
     """TopEig_R(K) in coordinates of the frame; fewer than `rank` columns when K has a smaller rank."""
     clients = reveal(terms, rank_tol)
     votes = tuple(client.sigma.numel() for client in clients)
-    if subspace is Subspace.MEAN:
+    if voting.subspace is Subspace.MEAN:
         mean = terms.frame.coordinates(terms.mean())
         found = mean.svd()
         keep = min(rank, numerical_rank(found.sigma, tolerance=0.0, floor=rounding_floor(mean)))
     else:
-        found = _left_svd(_stack(subspace, clients, terms.weights, ridge_tau))
+        weights = _by_rank(terms.weights, votes) if voting.rank_normalised else terms.weights
+        stack = _stack(voting, clients, weights)
+        if voting.anchor and terms.anchor:
+            held = terms.frame.coordinates(terms.anchor).left
+            stack = torch.cat([math.sqrt(1 - voting.anchor) * stack, math.sqrt(voting.anchor) * held], dim=1)
+        found = _left_svd(stack)
         keep = min(rank, numerical_rank(found.sigma, tolerance=found.u.shape[0] * EPS))
     return Consensus(basis=found.u[:, :keep], spectrum=found.sigma.square(), votes=votes)
 
 
-def _stack(subspace: Subspace, clients: Sequence[CompactSvd], weights: Sequence[float], ridge_tau: float) -> Tensor:
+def _by_rank(weights: Sequence[float], votes: Sequence[int]) -> tuple[float, ...]:
+    """p_i·ρ̄/ρ_i; 0 for a client without a vote."""
+    mean = math.fsum(weight * count for weight, count in zip(weights, votes, strict=True))
+    return tuple(weight * mean / count if count else 0.0 for weight, count in zip(weights, votes, strict=True))
+
+
+def _stack(voting: Voting, clients: Sequence[CompactSvd], weights: Sequence[float]) -> Tensor:
     """Z (q×Σρ)."""
     return torch.cat(
         [
-            client.u * (math.sqrt(weight) * _root_votes(subspace, client.sigma, ridge_tau))
+            client.u * (math.sqrt(weight) * _root_votes(voting.subspace, client.sigma, voting.ridge_tau))
             for client, weight in zip(clients, weights, strict=True)
         ],
         dim=1,
@@ -119,6 +157,8 @@ def _root_votes(subspace: Subspace, sigma: Tensor, ridge_tau: float) -> Tensor:
         return torch.ones_like(sigma)
     if subspace is Subspace.RIDGE:
         return sigma / torch.hypot(sigma, ridge_tau * sigma[:1])
+    if subspace is Subspace.NORMALISED_ENERGY:
+        return sigma / torch.linalg.vector_norm(sigma)
     return sigma
 
 

@@ -44,27 +44,38 @@ class Readouts:
         self._numerics = numerics
         self._workspace = workspace
         self._clock = clock
-        self._locks: dict[tuple[VersionId, int], asyncio.Lock] = {}
+        self._making: dict[tuple[VersionId, int], asyncio.Task[Readout]] = {}
 
     async def ensure(self, run: Run, version: Version, rank: int) -> Readout:
-        """The adapter of that rank in the run's wire format; rendered now when it is asked for the first time."""
+        """The adapter of that rank in the run's wire format; rendered now when it is asked for the first time.
+
+        Everyone who asks meanwhile shares one rendering, which goes on also when all of them go away.
+        """
+        key = (version.id, rank)
+        task = self._making.get(key)
+        if task is None:
+            task = self._making[key] = asyncio.create_task(self._ensure(run, version, rank))
+            task.add_done_callback(partial(self._made, key))
+        return await asyncio.shield(task)
+
+    def _made(self, key: tuple[VersionId, int], task: asyncio.Task[Readout]) -> None:
+        del self._making[key]
+        if not task.cancelled():
+            task.exception()  # those who still wait get it; nobody may be left
+
+    async def _ensure(self, run: Run, version: Version, rank: int) -> Readout:
         spec = RunSpec.from_json(run.spec_json)
         dtype = spec.wire.dtype
-        key = (version.id, rank)
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        async with lock:
-            known = await self._store.read(lambda uow: uow.versions.readout(version.id, rank, dtype.value))
-            if known is not None and await asyncio.to_thread(self._blobs.exists, known.digest):
-                return known
-            path = self._workspace.scratch / f"readout-{new_id()}"
-            try:
-                ranks = dict.fromkeys((module.name for module in run.manifest.modules), rank)
-                await self.render(run, version, ranks=ranks, scale=spec.lora.scale, dtype=dtype, path=path)
-                readout = await self._keep(path, version, rank, dtype, spec.wire.hash)
-            finally:
-                path.unlink(missing_ok=True)
-        self._locks.pop(key, None)
-        return readout
+        known = await self._store.read(lambda uow: uow.versions.readout(version.id, rank, dtype.value))
+        if known is not None and await asyncio.to_thread(self._blobs.exists, known.digest):
+            return known
+        path = self._workspace.scratch / f"readout-{new_id()}"
+        try:
+            ranks = dict.fromkeys((module.name for module in run.manifest.modules), rank)
+            await self.render(run, version, ranks=ranks, scale=spec.lora.scale, dtype=dtype, path=path)
+            return await self._keep(path, version, rank, dtype, spec.wire.hash)
+        finally:
+            await asyncio.to_thread(partial(path.unlink, missing_ok=True))
 
     def open(self, readout: Readout) -> tuple[Path, Callable[[], None]]:
         """The file of a readout and a function that gives it back."""

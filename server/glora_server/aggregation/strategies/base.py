@@ -1,15 +1,17 @@
 """What a strategy is. A new one is a file beside this one and a line in `STRATEGIES`."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from glora_server.aggregation.diagnostics import Diagnostics
-from glora_server.aggregation.errors import EmptyUpdatesError, MixedRanksError, RankError
+from glora_server.aggregation.errors import ContractError, EmptyUpdatesError, MixedRanksError, RankError
 from glora_server.aggregation.factors import ClientUpdate
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey
 from glora_server.aggregation.strategies.options import Option, OptionValue
@@ -47,7 +49,10 @@ class ClientContract:
     """What a strategy needs from devices in a round (ALGORITHMS §3.11).
 
     `needs_sent`: the server must give the factors as sent with each update. `reset_optimizer`: factor coordinates
-    change between rounds, so optimizer state must not be carried over.
+    change between rounds, so optimizer state must not be carried over. `merges`: before training the device adds
+    `Strategy.merge` of the state to its frozen base weight. `keeps_b`: B never leaves the device, which goes on with
+    its own and ignores the zero B of the readout. `may_shrink`: the device may return a smaller rank than it was given
+    and has that rank from then on.
     """
 
     train: TrainMask = TrainMask.BOTH
@@ -55,6 +60,53 @@ class ClientContract:
     upload: UploadSet = UploadSet.BOTH
     needs_sent: bool = False
     reset_optimizer: bool = True
+    merges: bool = False
+    keeps_b: bool = False
+    may_shrink: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """How many numbers one device sends or gets per module and round: a sum of rows times columns.
+
+    Rows are those of B (`d`), of A (`n`) or both (`d+n`); columns the device's rank `r`, the sum of the round's ranks
+    `Σr`, or the server rank `R`. Bytes are this times the width of the wire dtype.
+    """
+
+    terms: tuple[tuple[Literal["d", "n", "d+n"], Literal["r", "Σr", "R"]], ...]
+
+    def count(self, *, d: int, n: int, r: int, total: int, server: int) -> int:
+        """The number of values; `total` is Σr, `server` is R."""
+        rows = {"d": d, "n": n, "d+n": d + n}
+        columns = {"r": r, "Σr": total, "R": server}
+        return sum(rows[row] * columns[column] for row, column in self.terms)
+
+    def formula(self) -> str:
+        """The sum as text, such as (d+n)·r + (d+n)·Σr."""
+        return " + ".join(f"({row})·{column}" if "+" in row else f"{row}·{column}" for row, column in self.terms)
+
+
+BOTH_FACTORS = Volume(terms=(("d+n", "r"),))
+ONLY_B = Volume(terms=(("d", "r"),))
+ONLY_A = Volume(terms=(("n", "r"),))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeInstruction:
+    """W ← W + left·right on the frozen base weight, left (d×k), right (k×n); `digest` names exactly these numbers."""
+
+    left: Tensor
+    right: Tensor
+    digest: str
+
+
+def merge_instruction(left: Tensor, right: Tensor) -> MergeInstruction:
+    """The instruction with its digest, BLAKE2b over shapes, dtypes and little-endian bytes."""
+    digest = hashlib.blake2b(digest_size=16, person=b"glora-merge")
+    for factor in (left, right):
+        digest.update(f"{tuple(factor.shape)}{factor.dtype}".encode())
+        digest.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return MergeInstruction(left=left, right=right, digest=digest.hexdigest())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +115,20 @@ class Properties:
 
     `gauge_invariant`: unchanged by (B_iQ_i, Q_i⁻¹A_i). `exact`: equals the mean of the ΔW_i before truncation to
     rank R.
-    `mixed_ranks`: devices of one round may have different ranks.
+    `mixed_ranks`: devices of one round may have different ranks. `no_gauge`: one factor is common to all devices, so
+    that no gauge is left to them and an update that has one is refused. `up`, `down`: traffic of one device with the
+    default options. `cost`: the server's work on one module. `source`: where the method comes from.
     """
 
     gauge_invariant: bool
     exact: bool
     mixed_ranks: bool
+    no_gauge: bool = False
+    up: Volume = BOTH_FACTORS
+    down: Volume = BOTH_FACTORS
+    cost: str = ""
+    source: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,3 +184,29 @@ class Strategy(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(b, a) of that rank for a device with that scale."""
         raise NotImplementedError
+
+    def merge(
+        self,
+        state: LayerState,  # noqa: ARG002  # the default has nothing to merge
+        *,
+        joining: bool = False,  # noqa: ARG002
+    ) -> MergeInstruction | None:
+        """What devices add to the base weight before the next round; None where the base stays as it is.
+
+        A device that took the last round's merge needs only this round's; `joining` is for one that has the plain base.
+        """
+        return None
+
+
+def check_uploaded(updates: Sequence[ClientUpdate], wanted: UploadSet, *, name: str) -> None:
+    """Raise ContractError unless every update has the factors that the contract wants."""
+    for position, update in enumerate(updates):
+        for factor, needed, present in (
+            ("A", wanted is not UploadSet.B, update.has_a),
+            ("B", wanted is not UploadSet.A, update.has_b),
+        ):
+            if needed and not present:
+                raise ContractError(
+                    f"Update {position} has no {factor}, which {name!r} needs in this round; "
+                    "reject it and check that the device follows its contract."
+                )

@@ -2,6 +2,10 @@ r"""GLoRA: average the true updates, project on the column space that the client
 
 :math:`S' = P\,\Sigma_i p_iX_i,\ P = U_{ref}U_{ref}^\top`. The *rule* says what X_i is (`rules`), the *subspace*
 what U_ref is (`subspace`); neither sees factors, only products, so the result cannot depend on a device's gauge.
+Exact when R spans the union of the column spaces of the X_i.
+
+O((d + n)(Σr)² + (Σr)³), no d×n or d×d matrix. Source: arXiv 2605.06733; rules other than replace, subspaces other than
+projector, votes by rank and the anchor are ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +20,7 @@ from glora_server.aggregation.diagnostics import (
     coverage,
     principal_angles,
 )
+from glora_server.aggregation.errors import OptionError
 from glora_server.aggregation.factors import (
     ClientUpdate,
     CompactSvd,
@@ -33,19 +38,26 @@ from glora_server.aggregation.strategies.base import (
     Properties,
     Strategy,
 )
-from glora_server.aggregation.strategies.options import ChoiceOption, NumberOption, Option, OptionValue
-from glora_server.aggregation.subspace import Consensus, Subspace, consensus
+from glora_server.aggregation.strategies.options import (
+    ChoiceOption,
+    NumberOption,
+    Option,
+    OptionValue,
+    number,
+    optional_number,
+)
+from glora_server.aggregation.subspace import Consensus, Subspace, Voting, consensus, energy_rank
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GloraOptions:
     """The resolved options; see `Glora.options` for what they mean."""
 
-    subspace: Subspace
+    voting: Voting
     rule: Rule
     eta: float
     rank_tol: float | None
-    ridge_tau: float
+    energy: float | None
 
 
 class Glora(Strategy):
@@ -53,7 +65,14 @@ class Glora(Strategy):
 
     name = "glora"
     summary = "gauge-invariant: the mean of the true updates, projected on their common column space"
-    properties = Properties(gauge_invariant=True, exact=True, mixed_ranks=True)
+    properties = Properties(
+        gauge_invariant=True,
+        exact=True,
+        mixed_ranks=True,
+        cost="(d+n)(Σr)² + (Σr)³",
+        source="GLoRA (arXiv 2605.06733)",
+        note="exact on its column space: wholly where R spans all updates; frozen_tail and accumulate send (d+n)·R more",
+    )
     options: tuple[Option, ...] = (
         ChoiceOption(
             name="subspace",
@@ -76,6 +95,24 @@ class Glora(Strategy):
             at_most=1.0,
         ),
         NumberOption(name="ridge_tau", summary="relative σ of half a vote in subspace ridge", default=0.1),
+        ChoiceOption(
+            name="votes",
+            summary="equal: every direction votes alike; by_rank: a device of many directions has no more vote in all",
+            default="equal",
+            choices=("equal", "by_rank"),
+        ),
+        NumberOption(
+            name="anchor",
+            summary="share of the previous common space in the new one, subspaces projector and ridge; none if not given",
+            default=None,
+            at_most=0.99,
+        ),
+        NumberOption(
+            name="energy",
+            summary="keep only as many directions as hold this share of the energy of the mean; R if not given",
+            default=None,
+            at_most=1.0,
+        ),
     )
 
     @override
@@ -102,10 +139,13 @@ class Glora(Strategy):
         chosen = _parsed(options)
         tolerance = default_rank_tol(updates[0].b.dtype) if chosen.rank_tol is None else chosen.rank_tol
         weights = normalised_weights([update.weight for update in updates])
-        terms = round_terms(chosen.rule, state, updates, weights, eta=chosen.eta)
-        rank = min(rank, updates[0].b.shape[0])  # not n: K may need more directions than S can have
-        common = consensus(chosen.subspace, terms, rank=rank, rank_tol=tolerance, ridge_tau=chosen.ridge_tau)
+        anchored = chosen.voting.anchor > 0
+        terms = round_terms(chosen.rule, state, updates, weights, eta=chosen.eta, anchored=anchored)
         mean = terms.frame.coordinates(terms.mean())
+        rank = min(rank, updates[0].b.shape[0])  # not n: K may need more directions than S can have
+        if chosen.energy is not None:
+            rank = min(rank, energy_rank(mean.svd().sigma, chosen.energy))
+        common = consensus(chosen.voting, terms, rank=rank, rank_tol=tolerance)
         found = Coordinates(left=common.basis.mT @ mean.left, right=mean.right).svd()
         inside = CompactSvd(u=common.basis @ found.u, sigma=found.sigma, v=found.v)
         new = state_from_svd(
@@ -129,13 +169,24 @@ class Glora(Strategy):
 
 
 def _parsed(options: Mapping[str, OptionValue]) -> GloraOptions:
-    eta, rank_tol, ridge_tau = (options[name] for name in ("eta", "rank_tol", "ridge_tau"))
+    subspace = Subspace(str(options["subspace"]))
+    anchor = optional_number(options, "anchor")
+    if anchor is not None and subspace not in {Subspace.PROJECTOR, Subspace.RIDGE}:
+        raise OptionError(
+            f"Option 'anchor' mixes bounded votes and subspace {subspace.value!r} counts energy; "
+            "use subspace projector or ridge, or leave the anchor out."
+        )
     return GloraOptions(
-        subspace=Subspace(str(options["subspace"])),
+        voting=Voting(
+            subspace=subspace,
+            ridge_tau=number(options, "ridge_tau"),
+            rank_normalised=options["votes"] == "by_rank",
+            anchor=anchor or 0.0,
+        ),
         rule=Rule(str(options["rule"])),
-        eta=float(eta) if eta is not None else 1.0,
-        rank_tol=float(rank_tol) if rank_tol is not None else None,
-        ridge_tau=float(ridge_tau) if ridge_tau is not None else 0.1,
+        eta=number(options, "eta"),
+        rank_tol=optional_number(options, "rank_tol"),
+        energy=optional_number(options, "energy"),
     )
 
 

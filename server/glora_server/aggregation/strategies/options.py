@@ -27,13 +27,14 @@ class ChoiceOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NumberOption:
-    """A number above `above` and at most `at_most`; a default of None means that the strategy chooses."""
+    """A number above `above` and at most `at_most`, whole if `whole`; a default of None: the strategy chooses."""
 
     name: str
     summary: str
     default: float | None
     above: float = 0.0
     at_most: float = math.inf
+    whole: bool = False
 
     def check(self, value: OptionValue) -> float | None:
         """The value, if it is in range; raises OptionError."""
@@ -44,10 +45,31 @@ class NumberOption:
             raise OptionError(f"Option {self.name!r} is {value!r}; use a number above {self.above:g}{limit}.")
         if not math.isfinite(value):
             raise OptionError(f"Option {self.name!r} must be finite.")
+        if self.whole and value != int(value):
+            raise OptionError(f"Option {self.name!r} is {value!r}; use a whole number.")
         return float(value)
 
 
-Option = ChoiceOption | NumberOption
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanksOption:
+    """Rising ranks, written "4, 8, 16"; None means that the strategy chooses."""
+
+    name: str
+    summary: str
+    default: str | None = None
+
+    def check(self, value: OptionValue) -> str | None:
+        """The value in its shortest spelling, if it is a list of rising ranks; raises OptionError."""
+        if value is None and self.default is None:
+            return None
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else []
+        ranks = [int(part) for part in parts if part.isascii() and part.isdigit()]
+        if not parts or len(ranks) != len(parts) or ranks[0] < 1 or sorted(set(ranks)) != ranks:
+            raise OptionError(f'Option {self.name!r} is {value!r}; write rising ranks with commas, such as "4, 8, 16".')
+        return ",".join(map(str, ranks))
+
+
+Option = ChoiceOption | NumberOption | RanksOption
 
 
 def resolve_options(
@@ -62,3 +84,21 @@ def resolve_options(
     return {
         option.name: option.check(given[option.name]) if option.name in given else option.default for option in declared
     }
+
+
+def number(options: Mapping[str, OptionValue], name: str) -> float:
+    """A resolved number that has a default. Raises OptionError when it is not a number."""
+    value = optional_number(options, name)
+    if value is None:
+        raise OptionError(f"Option {name!r} has no value.")
+    return value
+
+
+def optional_number(options: Mapping[str, OptionValue], name: str) -> float | None:
+    """A resolved number, or None where the strategy chooses."""
+    value = options[name]
+    if value is None:
+        return None
+    if isinstance(value, str | bool):
+        raise OptionError(f"Option {name!r} is {value!r}; use a number.")
+    return float(value)

@@ -119,7 +119,7 @@ class Order:
 def page_of(session: Session, statement: Query, order: Order, page: Page, build: Callable[[AnyRow], R]) -> Listing[R]:
     """The part of the statement's rows that `page` asks for; raises SPEC_INVALID for a token that we did not make."""
     if page.size < 1:
-        raise GloraError(Reason.SPEC_INVALID, f"A page has at least one item, not {page.size}.", page_size=page.size)
+        raise GloraError(Reason.REQUEST_INVALID, f"A page has at least one item, not {page.size}.", page_size=page.size)
     size = min(page.size, _LARGEST_PAGE)
     key = tuple_(*order.columns)
     if page.token:
@@ -151,7 +151,7 @@ def _decoded(token: str, order: Order) -> list[float | str]:
 
 def _not_ours(token: str) -> GloraError:
     return GloraError(
-        Reason.SPEC_INVALID,
+        Reason.REQUEST_INVALID,
         "The page token is not one that this list gave out; leave it out to start from the beginning.",
         page_token=token[:80],
     )
