@@ -94,7 +94,7 @@ def test_state_must_fit_module_and_strategy() -> None:
 def test_rank_strategy_and_options_are_checked() -> None:
     with pytest.raises(e.RankError):
         aggregate("glora", None, [update()], rank=0, rule="replace")
-    with pytest.raises(e.UnknownStrategyError, match="fedit, glora"):
+    with pytest.raises(e.UnknownStrategyError, match="fedex, fedit, fedrot"):
         aggregate("nosuch", None, [update()], rank=4)
     with pytest.raises(e.OptionError, match="subspace, rule, eta"):
         aggregate("glora", None, [update()], rank=4, ruel="replace")
@@ -120,6 +120,9 @@ def test_check_options_fills_defaults() -> None:
         "accuracy": "exact",
         "rank_tol": None,
         "ridge_tau": 0.1,
+        "votes": "equal",
+        "anchor": None,
+        "energy": None,
     }
 
 

@@ -236,7 +236,6 @@ def test_first_fedit_readouts_agree_across_ranks() -> None:
 
 
 def test_strategies_declare_what_they_need() -> None:
-    assert set(STRATEGIES) == {"glora", "fedit"}
     glora = STRATEGIES["glora"]
     assert glora.properties.gauge_invariant
     assert not STRATEGIES["fedit"].properties.gauge_invariant

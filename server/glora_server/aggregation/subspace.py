@@ -158,7 +158,8 @@ def _root_votes(subspace: Subspace, sigma: Tensor, ridge_tau: float) -> Tensor:
     if subspace is Subspace.RIDGE:
         return sigma / torch.hypot(sigma, ridge_tau * sigma[:1])
     if subspace is Subspace.NORMALISED_ENERGY:
-        return sigma / torch.linalg.vector_norm(sigma)
+        shares: Tensor = sigma / torch.linalg.vector_norm(sigma)
+        return shares
     return sigma
 
 

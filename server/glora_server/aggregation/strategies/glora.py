@@ -71,7 +71,7 @@ class Glora(Strategy):
         mixed_ranks=True,
         cost="(d+n)(Σr)² + (Σr)³",
         source="GLoRA (arXiv 2605.06733)",
-        note="exact on its column space: wholly where R spans all updates; frozen_tail and accumulate send (d+n)·R more",
+        note="wholly exact where R spans all updates; rules frozen_tail and accumulate send (d+n)·R more",
     )
     options: tuple[Option, ...] = (
         ChoiceOption(
@@ -103,7 +103,7 @@ class Glora(Strategy):
         ),
         NumberOption(
             name="anchor",
-            summary="share of the previous common space in the new one, subspaces projector and ridge; none if not given",
+            summary="share of the previous common space in the new one (projector, ridge); none if not given",
             default=None,
             at_most=0.99,
         ),

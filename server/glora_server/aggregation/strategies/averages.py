@@ -1,0 +1,323 @@
+r"""What strategies share that fold factors, or that cut a sum of updates by an SVD of small cores.
+
+A result is a *target* matrix in coordinates of the round's `JointFrame`: its SVD gives the canonical state and
+everything that the diagnostics say. Strategies that keep factors have them in the state's `extra` as `b` (d×k) and
+`a` (k×n), with scales folded in: half on each factor (`SPLIT`), or all on B (`ON_B`).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from glora_server.aggregation.diagnostics import Diagnostics, client_diagnostics, coverage, principal_angles
+from glora_server.aggregation.errors import ContractError, MixedRanksError, RankError, StateError
+from glora_server.aggregation.factors import (
+    COMPUTE_DTYPE,
+    ClientUpdate,
+    CompactSvd,
+    default_rank_tol,
+    state_dtype,
+)
+from glora_server.aggregation.frame import Block, Combination, Coordinates, JointFrame, Term, rounding_floor
+from glora_server.aggregation.rules import RoundTerms
+from glora_server.aggregation.state import LayerState, RefillKey, check_readout, refill_rows, state_from_svd
+from glora_server.aggregation.strategies.base import AggregationResult
+from glora_server.aggregation.subspace import energy_rank
+
+Factors = tuple[Tensor, Tensor]
+
+SPLIT = 0.5
+"""√s on B and √s on A."""
+
+ON_B = 1.0
+"""s on B, nothing on A."""
+
+
+def equal_rank(updates: Sequence[ClientUpdate], *, rank: int, name: str) -> int:
+    """The one rank r ≤ R of all updates. Raises MixedRanksError or RankError."""
+    ranks = sorted({update.rank for update in updates})
+    if len(ranks) > 1:
+        raise MixedRanksError(
+            f"The strategy {name!r} needs one rank for all devices and this round has {', '.join(map(str, ranks))}; "
+            "grant one rank or choose a strategy that mixes ranks, such as 'glora'."
+        )
+    return largest_rank(updates, rank=rank, name=name)
+
+
+def largest_rank(updates: Sequence[ClientUpdate], *, rank: int, name: str) -> int:
+    """The largest rank of the updates. Raises RankError when it is above R."""
+    largest = max(update.rank for update in updates)
+    if largest > rank:
+        raise RankError(f"An update has rank {largest} and the server rank is {rank}; {name} cannot keep that.")
+    return largest
+
+
+def averaged_b(updates: Sequence[ClientUpdate], weights: Sequence[float], columns: int, *, power: float) -> Tensor:
+    """Σ p_i s_i^power B_i (d×columns, float64), narrower ones padded with zeros."""
+    mean = updates[0].b.new_zeros((updates[0].b.shape[0], columns), dtype=COMPUTE_DTYPE)
+    for update, weight in zip(updates, weights, strict=True):
+        mean[:, : update.rank].add_(update.b.to(COMPUTE_DTYPE), alpha=weight * update.scale**power)
+    return mean
+
+
+def averaged_a(updates: Sequence[ClientUpdate], weights: Sequence[float], rows: int, *, power: float) -> Tensor:
+    """Σ p_i s_i^power A_i (rows×n, float64), narrower ones padded with zeros."""
+    mean = updates[0].a.new_zeros((rows, updates[0].a.shape[1]), dtype=COMPUTE_DTYPE)
+    for update, weight in zip(updates, weights, strict=True):
+        mean[: update.rank].add_(update.a.to(COMPUTE_DTYPE), alpha=weight * update.scale**power)
+    return mean
+
+
+def update_terms(
+    updates: Sequence[ClientUpdate],
+    weights: tuple[float, ...],
+    *,
+    held: Sequence[Block] = (),
+    base: Sequence[float] = (),
+) -> RoundTerms:
+    """The round with X_i = base + ΔW_i over one frame: blocks 0 … N−1 are the updates, then `held`.
+
+    `base` holds the coefficients of the first held blocks in what every device trained on top of.
+    """
+    blocks = [Block(left=update.b, right=update.a) for update in updates]
+    raw = tuple((Term(block=i, coefficient=update.scale),) for i, update in enumerate(updates))
+    offset = len(blocks)
+    under: Combination = tuple(Term(block=offset + k, coefficient=value) for k, value in enumerate(base))
+    return RoundTerms(frame=JointFrame([*blocks, *held]), weights=weights, base=under, updates=raw, changes=raw)
+
+
+def joined(parts: Sequence[Coordinates]) -> Coordinates:
+    """The sum of matrices in one frame."""
+    return Coordinates(
+        left=torch.cat([part.left for part in parts], dim=1), right=torch.cat([part.right for part in parts], dim=1)
+    )
+
+
+def from_svd(found: CompactSvd, keep: int, *, sign: float = 1.0) -> Coordinates:
+    """sign times the best rank-`keep` part of an SVD in frame coordinates."""
+    return Coordinates(left=found.u[:, :keep] * (sign * found.sigma[:keep]), right=found.v[:, :keep])
+
+
+def spectral_result(
+    name: str,
+    terms: RoundTerms,
+    target: Coordinates,
+    updates: Sequence[ClientUpdate],
+    *,
+    previous: LayerState | None,
+    rank: int,
+    extra: Mapping[str, Tensor] | None = None,
+    energy: float | None = None,
+    keep_tail: bool = False,
+    dtype: torch.dtype | None = None,
+) -> AggregationResult:
+    """The state whose product is the best rank-R part of `target`, with diagnostics.
+
+    `energy` τ lowers R to the fewest directions that hold τ of ‖target‖². `keep_tail` stores what is beyond R as
+    `tail_b`·`tail_a` in `extra`, so that nothing of target is lost.
+    """
+    found = target.svd()
+    if energy is not None:
+        rank = min(rank, energy_rank(found.sigma, energy))
+    frame, wanted = terms.frame, found.sigma.numel() if keep_tail else rank
+    full = state_from_svd(
+        CompactSvd(
+            u=frame.lift_left(found.u[:, :wanted]),
+            sigma=found.sigma[:wanted],
+            v=frame.lift_right(found.v[:, :wanted]),
+        ),
+        rank=wanted,
+        dtype=state_dtype(dtype or updates[0].b.dtype),
+        strategy=name,
+        floor=rounding_floor(target),
+    )
+    kept = {key: value.to(full.u.dtype) for key, value in (extra or {}).items()}
+    if keep_tail:
+        kept |= {"tail_b": full.u[:, rank:].contiguous(), "tail_a": full.a[rank:].contiguous()}
+    new = replace(
+        full,
+        u=full.u[:, :rank].contiguous(),
+        a=full.a[:rank].contiguous(),
+        sigma=full.sigma[:rank].contiguous(),
+        extra=kept,
+    )
+    return AggregationResult(
+        state=new, diagnostics=_diagnostics(terms, updates, found=found, previous=previous, new=new, rank=rank)
+    )
+
+
+def factor_result(
+    name: str,
+    b: Tensor,
+    a: Tensor,
+    updates: Sequence[ClientUpdate],
+    weights: tuple[float, ...],
+    *,
+    previous: LayerState | None,
+    rank: int,
+    dtype: torch.dtype | None = None,
+) -> AggregationResult:
+    """The state that keeps the factors b (d×k) and a (k×n), whose product is the model; updates have both factors.
+
+    `dtype` is the wire dtype where the updates were completed in float64.
+    """
+    terms = update_terms(updates, weights, held=[Block(left=b, right=a)])
+    target = terms.frame.coordinates((Term(block=len(updates), coefficient=1.0),))
+    return spectral_result(
+        name, terms, target, updates, previous=previous, rank=rank, extra={"b": b, "a": a}, dtype=dtype
+    )
+
+
+def factor_readout(
+    state: LayerState, rank: int, scale: float, *, key: RefillKey, power: float
+) -> tuple[Tensor, Tensor]:
+    """(b, a): the first columns and rows of the kept factors, b / s^power and a / s^(1 − power).
+
+    A component whose column and row are both zero (nobody trained it) could never be trained again; it gets a seeded
+    row in a and keeps its zero column in b, which leaves the product as it is.
+    """
+    check_readout(rank, scale)
+    b = state.u.new_zeros((state.u.shape[0], rank), dtype=COMPUTE_DTYPE)
+    a = refill_rows(b.new_zeros((0, state.a.shape[1])), first=0, last=rank, key=key)
+    if state.extra or state.rank:
+        mean_b, mean_a = (part.to(COMPUTE_DTYPE) for part in kept_factors(state))
+        used = min(rank, mean_b.shape[1])
+        b[:, :used] = mean_b[:, :used] / scale**power
+        held = mean_b[:, :used].any(dim=0) | mean_a[:used].any(dim=1)
+        a[:used] = torch.where(held[:, None], mean_a[:used] / scale ** (1 - power), a[:used])
+    return b.to(state.u.dtype), a.to(state.u.dtype)
+
+
+def kept_factors(state: LayerState) -> Factors:
+    """`b` and `a` of the state's `extra`. Raises StateError."""
+    return kept(state, "b"), kept(state, "a")
+
+
+def kept(state: LayerState, name: str) -> Tensor:
+    """A tensor of the state's `extra`. Raises StateError."""
+    try:
+        return state.extra[name]
+    except KeyError as missing:
+        raise StateError(
+            f"The state has no tensor {missing} in `extra`, where {state.strategy} keeps what it needs; "
+            "was it made by another strategy?"
+        ) from missing
+
+
+def started(state: LayerState | None) -> bool:
+    """Whether the state is past the start, where nothing is kept yet."""
+    return state is not None and bool(state.extra or state.rank)
+
+
+def model_blocks(state: LayerState | None) -> list[Block]:
+    """The state's whole model as a sum of blocks: u·a and, where it is kept, the tail beyond rank R."""
+    if state is None or not started(state):
+        return []
+    blocks = [Block(left=state.u, right=state.a)]
+    if "tail_b" in state.extra:
+        blocks.append(Block(left=kept(state, "tail_b"), right=kept(state, "tail_a")))
+    return [block for block in blocks if block.left.shape[1]]
+
+
+def first_key(key: RefillKey) -> RefillKey:
+    """The key of version 0: factors that are common to all rounds must not depend on the version."""
+    return replace(key, version=0)
+
+
+def common_a(state: LayerState | None, updates: Sequence[ClientUpdate]) -> Tensor:
+    """The frozen A (k×n, float64) of which every device has the first r_i rows, k the longest that is known.
+
+    Taken from what was sent (exact to the bit of the wire), else from the state, else from the uploads of the first
+    round. Raises ContractError when nobody knows it or an upload has another one.
+    """
+    known = [update.sent[1] for update in updates if update.sent is not None]
+    if state is not None and started(state):
+        known.append(kept(state, "a"))
+    if not known:
+        known = [update.a for update in updates if update.has_a]
+    found = _longest(known, what="A")
+    tolerance = default_rank_tol(updates[0].a.dtype)
+    for position, update in enumerate(updates):
+        if update.rank > found.shape[0] or (update.has_a and not _agrees(update.a, found[: update.rank], tolerance)):
+            raise _not_common("A", position)
+    return found
+
+
+def common_b(state: LayerState | None, updates: Sequence[ClientUpdate]) -> Tensor:
+    """The frozen B with its scale folded in (d×r, float64), all devices of one rank; sources as in `common_a`."""
+    known = [update.sent[0].to(COMPUTE_DTYPE) * _sent_scale(update) for update in updates if update.sent is not None]
+    if state is not None and started(state):
+        known.append(kept(state, "b"))
+    if not known:
+        known = [update.b.to(COMPUTE_DTYPE) * update.scale for update in updates if update.has_b]
+    found = _longest([part.mT for part in known], what="B").mT
+    tolerance = default_rank_tol(updates[0].b.dtype)
+    for position, update in enumerate(updates):
+        own = update.b.to(COMPUTE_DTYPE) * _sent_scale(update)
+        if update.rank > found.shape[1] or (update.has_b and not _agrees(own, found[:, : update.rank], tolerance)):
+            raise _not_common("B", position)
+    return found
+
+
+def with_a(updates: Sequence[ClientUpdate], a: Tensor) -> list[ClientUpdate]:
+    """The updates with the common A in place of their own, in float64."""
+    return [replace(update, b=update.b.to(COMPUTE_DTYPE), a=a[: update.rank], sent=None) for update in updates]
+
+
+def _sent_scale(update: ClientUpdate) -> float:
+    return update.scale if update.sent_scale is None else update.sent_scale
+
+
+def _longest(known: Sequence[Tensor], *, what: str) -> Tensor:
+    """The first of the known ones, continued by the rows that only longer ones have."""
+    if not known:
+        raise ContractError(
+            f"No update has the factor {what} that is common to all devices, and the state does not know it yet; "
+            "pass sent=(b0, a0) as rendered."
+        )
+    found = known[0].to(COMPUTE_DTYPE)
+    for other in known[1:]:
+        if other.shape[0] > found.shape[0]:
+            found = torch.cat([found, other[found.shape[0] :].to(COMPUTE_DTYPE)])
+    return found
+
+
+def _agrees(own: Tensor, common: Tensor, tolerance: float) -> bool:
+    size = float(common.abs().max())
+    return float((own.to(COMPUTE_DTYPE) - common).abs().max()) <= tolerance * size
+
+
+def _not_common(factor: str, position: int) -> ContractError:
+    return ContractError(
+        f"Update {position} has a factor {factor} of its own, which was to stay frozen and common to all devices in "
+        "this round; reject it and check that the device follows its contract."
+    )
+
+
+def _diagnostics(
+    terms: RoundTerms,
+    updates: Sequence[ClientUpdate],
+    *,
+    found: CompactSvd,
+    previous: LayerState | None,
+    new: LayerState,
+    rank: int,
+) -> Diagnostics:
+    mean = terms.frame.coordinates(terms.mean())
+    norm = mean.norm()
+    error = joined([mean, from_svd(found, new.rank, sign=-1.0)]).norm()
+    held = math.hypot(*new.sigma.tolist())
+    return Diagnostics(
+        eigenvalues=(),
+        eigengap=None,
+        sigma=tuple(new.sigma.tolist()),
+        mean_norm=norm,
+        captured_energy=(held / norm) ** 2 if norm else 1.0,
+        truncation_error=error / norm if norm else 0.0,
+        coverage=coverage(updates, terms.weights, rank),
+        clients=client_diagnostics(terms, updates, None, found.u[:, : new.rank]),
+        angles=principal_angles(previous, new),
+    )
