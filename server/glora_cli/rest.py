@@ -50,6 +50,12 @@ class Api:
             transport=transport,
         )
 
+    @property
+    def host(self) -> str:
+        """Name of the server's machine as it was given; "HOST" where it means this one, which no other can dial."""
+        host = self._http.base_url.host
+        return "HOST" if _is_loopback(host) else host
+
     def __enter__(self) -> Self:
         return self
 

@@ -66,7 +66,8 @@ def page(run: RunAnswer) -> RenderableType:
     if run.waiting or run.message:
         parts.append(Text(run.message or run.waiting, style="red" if run.phase == "failed" else "yellow"))
     if run.round is not None:
-        parts += [Text(""), Text(round_line(run.round, run.rounds), style="bold"), _devices(run.round.assignments)]
+        parts += [Text(""), Text(round_line(run.round, run.rounds), style="bold")]
+        parts += [_devices(run.round.assignments)] if run.round.assignments else []
     if run.evaluations:
         parts += [Text(""), Text("evaluating", style="bold"), _devices(run.evaluations)]
     if run.scores:

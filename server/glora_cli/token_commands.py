@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -12,8 +12,9 @@ from glora_cli.group import group
 from glora_cli.output import JsonFlag, moment, show_json, show_json_list, show_table
 from glora_cli.rest import Api, at
 from glora_cli.values import seconds
-from glora_dashboard.models import NewTokenAnswer, TokenAnswer
+from glora_dashboard.models import NewTokenAnswer, SystemAnswer, TokenAnswer
 
+DEFAULT_ENROLMENT_PORT: Final = 7444
 app = group(
     "Make, list and revoke join tokens.",
     "glora device token create --uses 3 --max-rank 8 --expires 2h --tag lab",
@@ -54,10 +55,11 @@ def create_token(
         show_json(made)
         return
     typer.echo(made.join_token)
+    place = _join_at(api)
     devices = "one device" if made.max_uses == 1 else f"{made.max_uses} devices"
     typer.echo(
         f"For {devices}, rank up to {made.max_rank}, until {moment(made.expires_at)}. On the device:\n"
-        f"  glora client join --server HOST --token TOKEN --name NAME",
+        f"  glora client join --server {place} --token TOKEN --name NAME",
         err=True,
     )
 
@@ -96,6 +98,12 @@ def revoke_token(
         show_json(token)
     else:
         typer.echo(f"{token.id}: revoked")
+
+
+def _join_at(api: Api) -> str:
+    """Where devices join, as far as this machine can tell: the host under which it reaches the server itself."""
+    port = api.get(SystemAnswer, "/system").enrolment_port
+    return api.host if port == DEFAULT_ENROLMENT_PORT else f"{api.host}:{port}"
 
 
 def _state(token: TokenAnswer) -> str:

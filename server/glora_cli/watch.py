@@ -31,11 +31,16 @@ def watch_run(api: Api, name: str, *, as_json: bool = False) -> int:
     looks = _looks(api, name)
     if as_json:
         return _each(looks, lambda run: typer.echo(run.model_dump_json()))
-    if sys.stdout.isatty():
+    if on_terminal():
         screen = _Screen()
         with Live(console=Console(highlight=False), refresh_per_second=2, get_renderable=screen.render):
             return _each(looks, screen.show)
     return _each(looks, LineView().show)
+
+
+def on_terminal() -> bool:
+    """Whether somebody looks at a screen."""
+    return sys.stdout.isatty()
 
 
 def _each(looks: Iterator[RunAnswer], show: Callable[[RunAnswer], None]) -> int:
