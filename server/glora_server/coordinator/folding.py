@@ -12,12 +12,13 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 
 import structlog
 
+from glora_server.coordinator.blob_files import delete_all, local_file
 from glora_server.coordinator.engine import Engine
 from glora_server.coordinator.expectations import check_scales
 from glora_server.coordinator.hub import Hub
@@ -51,7 +52,8 @@ from glora_server.rounds.assignment import AssignmentPhase
 from glora_server.rounds.ids import VersionId
 from glora_server.rounds.round import AggregationDone, AggregationFailed, Round, RoundPhase
 from glora_server.rounds.weights import weights
-from glora_wire.errors import GloraError
+from glora_wire.digests import Digest
+from glora_wire.errors import GloraError, Reason, Refusal
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +88,7 @@ class Folder:
         self._hub = hub
         self._observer = observer
         engine.handle(OwedKind.AGGREGATE, self.aggregate)
+        engine.handle(OwedKind.CLOSED, self._round_closed)
 
     async def aggregate(self, owed: Owed) -> None:
         """Make the version of the owed round; harmless when that was done before or the round was aborted."""
@@ -95,17 +98,16 @@ class Folder:
         begun = time.perf_counter()
         try:
             await self._make_parts(work)
+            _, pruned = await self._engine.commit(partial(self._publish, work), moved=lambda made: (made[0],))
         except GloraError as error:
-            log.error(
-                "aggregation_failed",
-                run=work.run.name,
-                round=work.round.number,
-                reason=str(error.reason),
-                message=error.message,
-            )
-            await self._engine.apply(work.round.id, AggregationFailed(error.as_refusal()))
+            if error.retry_after is not None:
+                raise
+            await self._give_up(work, owed, error.as_refusal())
             return
-        _, pruned = await self._engine.commit(partial(self._publish, work), moved=lambda made: (made[0],))
+        except FileNotFoundError:
+            lost = Refusal(reason=Reason.AGGREGATION_FAILED, message="The server lost the bytes of an update.")
+            await self._give_up(work, owed, lost)
+            return
         seconds = time.perf_counter() - begun
         self._observer.aggregated(seconds=seconds, updates=len(work.uploads))
         log.info(
@@ -115,8 +117,26 @@ class Folder:
             updates=len(work.uploads),
             seconds=round(seconds, 3),
         )
-        self._clean_up(work, pruned)
+        await delete_all(self._blobs, (readout.digest for readout in pruned))
         self._wake_evaluators()
+
+    async def _give_up(self, work: _Work, owed: Owed, refusal: Refusal) -> None:
+        """End the round, unless it was ended meanwhile and that is why its parts could not be stored."""
+        if await self._store.read(partial(_load, owed)) is None:
+            return
+        log.error(
+            "aggregation_failed",
+            run=work.run.name,
+            round=work.round.number,
+            reason=str(refusal.reason),
+            message=refusal.message,
+        )
+        await self._engine.apply(work.round.id, AggregationFailed(refusal))
+
+    async def _round_closed(self, owed: Owed) -> None:
+        """Drop what a round that is over leaves behind: updates that nobody reads again, a version half made."""
+        await delete_all(self._blobs, await self._store.read(partial(_unneeded_uploads, owed)))
+        await self._store.write(partial(_drop_unfinished, owed))
 
     async def _make_parts(self, work: _Work) -> None:
         spec = RunSpec.from_json(work.run.spec_json)
@@ -124,7 +144,7 @@ class Folder:
         if done is None:
             await self._store.write(partial(self._begin, work))
         left = [name for name in names if name not in (done or ())]
-        with ExitStack() as files:
+        async with AsyncExitStack() as files:
             updates = await self._updates(work, spec, files)
             for shard in shards(left, work.run.manifest, spec.lora.max_rank):
                 await self._make_shard(work, spec, updates, shard)
@@ -144,7 +164,7 @@ class Folder:
         made = await retrying(partial(self._numerics.aggregate, job))
         await self._store.write(partial(_put_parts, VersionId(work.round.id), made))
 
-    async def _updates(self, work: _Work, spec: RunSpec, files: ExitStack) -> tuple[UpdateRef, ...]:
+    async def _updates(self, work: _Work, spec: RunSpec, files: AsyncExitStack) -> tuple[UpdateRef, ...]:
         shares = weights(
             [upload.training_rows for upload in work.uploads],
             max_rows=spec.limits.max_training_rows,
@@ -157,12 +177,12 @@ class Folder:
             refs.append(
                 UpdateRef(
                     device_id=upload.device_id,
-                    path=files.enter_context(self._blobs.local(upload.digest)),
+                    path=await files.enter_async_context(local_file(self._blobs, upload.digest)),
                     scales=await asyncio.to_thread(
                         check_scales, upload.adapter_config_json, work.run.manifest, spec, rank
                     ),
                     weight=share,
-                    sent_path=files.enter_context(self._blobs.local(sent.digest)),
+                    sent_path=await files.enter_async_context(local_file(self._blobs, sent.digest)),
                     sent_scale=spec.lora.scale,
                 )
             )
@@ -193,14 +213,6 @@ class Folder:
         done = step(uow, work.round.id, AggregationDone(), at=self._engine.clock())
         return done, uow.versions.prune(run.id, keep=spec.retention.keep_versions)
 
-    def _clean_up(self, work: _Work, pruned: Sequence[Readout]) -> None:
-        spec = RunSpec.from_json(work.run.spec_json)
-        for readout in pruned:
-            self._blobs.delete(readout.digest)
-        if not spec.retention.keep_uploads:
-            for upload in work.uploads:
-                self._blobs.delete(upload.digest)
-
     def _wake_evaluators(self) -> None:
         for device_id, (profile, _) in self._hub.available(self._engine.clock()).items():
             if profile.evaluates:
@@ -218,6 +230,23 @@ def _load(owed: Owed, uow: UnitOfWork) -> _Work | None:
         base=uow.versions.get(round_.version_id),
         uploads=tuple(upload for upload in uow.uploads.of_round(round_.id) if upload.assignment_id in accepted),
     )
+
+
+def _unneeded_uploads(owed: Owed, uow: UnitOfWork) -> tuple[Digest, ...]:
+    """Contents of the round's updates, without those that a readout or a live round has in common with them."""
+    run = uow.runs.get(owed.run_id)
+    uploads = uow.uploads.of_round(owed.round_id)
+    if not uploads or RunSpec.from_json(run.spec_json).retention.keep_uploads:
+        return ()
+    needed = set(uow.versions.readout_digests())
+    for live in uow.rounds.live():
+        needed |= {upload.digest.text for upload in uow.uploads.of_round(live.id)}
+    return tuple(upload.digest for upload in uploads if upload.digest.text not in needed)
+
+
+def _drop_unfinished(owed: Owed, uow: UnitOfWork) -> None:
+    if uow.rounds.get(owed.round_id).phase is not RoundPhase.COMMITTED:
+        uow.versions.drop(VersionId(owed.round_id))
 
 
 def _progress(work: _Work, uow: UnitOfWork) -> tuple[tuple[str, ...], tuple[str, ...] | None]:

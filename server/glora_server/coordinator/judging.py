@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from pathlib import Path
 
 import structlog
 
+from glora_server.coordinator.blob_files import local_file
 from glora_server.coordinator.engine import Engine, one
 from glora_server.coordinator.expectations import check_file, check_scales, upload_specs
 from glora_server.coordinator.model import Owed, OwedKind, Run, Upload
@@ -17,7 +19,7 @@ from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.transitions import Transition, step
 from glora_server.rounds.assignment import AcceptUpdate, Assignment, AssignmentPhase, RejectUpdate
 from glora_server.rounds.round import GATHERING, Moved
-from glora_wire.errors import GloraError, Refusal
+from glora_wire.errors import GloraError, Reason, Refusal
 
 log = structlog.get_logger(__name__)
 
@@ -57,24 +59,33 @@ class Judge:
             )
 
     async def _verdict(self, run: Run, assignment: Assignment, upload: Upload) -> tuple[Refusal | None, float | None]:
-        """The refusal, or None and the norm; trouble of the server's own is raised and leaves the verdict owed."""
-        spec = RunSpec.from_json(run.spec_json)
-        with self._blobs.local(upload.digest) as path:
-            try:
-                scales = await asyncio.to_thread(
-                    check_scales, upload.adapter_config_json, run.manifest, spec, assignment.rank
-                )
-                await asyncio.to_thread(check_file, path, run.manifest, assignment.rank, spec.wire.dtype)
-            except GloraError as error:
-                return error.as_refusal(), None
-            job = CheckJob(
-                path=path,
-                scales=scales,
-                expected=upload_specs(run.manifest, assignment.rank, spec.wire.dtype),
-                max_norm=spec.limits.max_update_norm,
-            )
-            result = await retrying(partial(self._numerics.check, job))
+        """The refusal, or None and the norm; trouble that passes is raised and leaves the verdict owed.
+
+        An update that ends the worker three times in a row is refused: the round must not wait for it for ever.
+        """
+        try:
+            async with local_file(self._blobs, upload.digest) as path:
+                result = await retrying(partial(self._numerics.check, await self._job(run, assignment, upload, path)))
+        except GloraError as error:
+            if error.retry_after is not None:
+                raise
+            return error.as_refusal(), None
+        except FileNotFoundError:
+            message = "The server lost the bytes of the update; it cannot be counted in this round."
+            return Refusal(reason=Reason.INTERNAL, message=message), None
         return result.refusal, result.norm
+
+    async def _job(self, run: Run, assignment: Assignment, upload: Upload, path: Path) -> CheckJob:
+        """The judgement of the numbers; raises what is wrong with the headers."""
+        spec = RunSpec.from_json(run.spec_json)
+        scales = await asyncio.to_thread(check_scales, upload.adapter_config_json, run.manifest, spec, assignment.rank)
+        await asyncio.to_thread(check_file, path, run.manifest, assignment.rank, spec.wire.dtype)
+        return CheckJob(
+            path=path,
+            scales=scales,
+            expected=upload_specs(run.manifest, assignment.rank, spec.wire.dtype),
+            max_norm=spec.limits.max_update_norm,
+        )
 
     def _enter(self, owed: Owed, refusal: Refusal | None, norm: float | None, uow: UnitOfWork) -> Transition | None:
         if _load(owed, uow) is None or owed.assignment_id is None:
