@@ -82,6 +82,10 @@ class Stop:
             if self.is_set():
                 raise Stopped from error
             raise error_from_rpc(error) from error
+        except grpc.FutureCancelledError as error:
+            if self.is_set():
+                raise Stopped from error
+            raise GloraError(Reason.SERVER_UNREACHABLE, "The call was cut off before its end.") from error
         finally:
             with self._lock:
                 self._calls.discard(call)

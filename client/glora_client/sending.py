@@ -30,15 +30,15 @@ class Sender:
         self._view = view
         self._stop = stop
 
-    def finish_stored(self, stub: coordinator_pb2_grpc.CoordinatorServiceStub) -> None:
-        """Send the update that an earlier life of the client trained, when there is one.
+    def finish_stored(self, stub: coordinator_pb2_grpc.CoordinatorServiceStub) -> str | None:
+        """Send the update that an earlier life of the client trained; the name of its run, None when there is none.
 
         Raises Stopped, and GloraError for what ends the session.
         """
         update = self._state.update()
         if update is None:
             self._state.drop_update()
-            return
+            return None
         self._view.line(f"An update for round {update.round_number} of {update.run_name} waits; sending it.")
         try:
             self.evaluations(stub, update.assignment, update.evaluations, complete=False)
@@ -48,6 +48,7 @@ class Sender:
                 raise
             self._view.line(f"It is not wanted any more: {error.message}")
             self._state.drop_update()
+        return update.run_name
 
     def push(
         self, stub: coordinator_pb2_grpc.CoordinatorServiceStub, update: StoredUpdate, *, reporter: Reporter | None

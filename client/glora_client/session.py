@@ -61,14 +61,16 @@ class Session:
         self._channel = work_channel(identity, state.credentials())
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._noticed: dict[str, str] = {}
-        self._runs: set[str] = set()
+        self._runs = {options.profile.run_name} - {""}
         self._next_renewal = 0.0
 
     def run(self) -> None:
         """Work until stopped. Raises GloraError for what only people can mend (revoked, unknown certificate)."""
         self._view.line(f"{self._identity.name} works for {self._identity.host}:{self._identity.port}.")
         try:
-            self._sender.finish_stored(self._stub)
+            resumed = self._sender.finish_stored(self._stub)
+            if resumed is not None:
+                self._runs.add(resumed)
             while self._step():
                 pass
         except Stopped:
