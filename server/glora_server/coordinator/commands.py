@@ -22,7 +22,7 @@ from glora_server.coordinator.token_secrets import secret_sha256
 from glora_server.coordinator.transitions import Transition, step
 from glora_server.coordinator.views import ExportRecord
 from glora_server.rounds import run as run_machine
-from glora_server.rounds.assignment import Fail
+from glora_server.rounds.assignment import Fail, advance
 from glora_server.rounds.ids import TokenId
 from glora_server.rounds.round import GATHERING, LIVE, Aborted, Extended, Moved, PolicyChanged, Round
 from glora_server.rounds.run import RunEvent
@@ -135,11 +135,13 @@ class Commands:
         """Ends what the device was doing; an update that was received whole stays."""
         reason = Reason.DEVICE_REVOKED if device.state is DeviceState.REVOKED else Reason.DEVICE_SUSPENDED
         refusal = Refusal(reason=reason, message=f"Device {device.name} was {device.state.value} by an operator.")
-        return [
-            step(uow, assignment.round_id, Moved(assignment.id, Fail(refusal)), at=self.clock())
-            for assignment in uow.rounds.open_for(device.id)
-            if assignment.round_id is not None and assignment.received_at is None
-        ]
+        moved = []
+        for assignment in uow.rounds.open_for(device.id):
+            if assignment.round_id is None:
+                uow.rounds.save_assignment(advance(assignment, Fail(refusal), at=self.clock()))
+            elif assignment.received_at is None:
+                moved.append(step(uow, assignment.round_id, Moved(assignment.id, Fail(refusal)), at=self.clock()))
+        return moved
 
     async def set_device_rank(self, actor: str, name: str, rank: int) -> Device:
         """Grant another rank, from the next assignment on."""
@@ -152,7 +154,10 @@ class Commands:
             self._note(uow, actor, "device.set-rank", saved.name, before=device.granted_rank, after=rank)
             return saved
 
-        return await self.store.write(work)
+        device = await self.store.write(work)
+        self.hub.wake_device(device.id)
+        await self.opener.device_arrived()
+        return device
 
     # --- runs
 

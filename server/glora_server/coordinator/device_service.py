@@ -11,8 +11,8 @@ from functools import partial
 
 from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.engine import Engine
-from glora_server.coordinator.errors import not_yours
-from glora_server.coordinator.evaluations import has_unseen_version, next_evaluation
+from glora_server.coordinator.errors import assignment_closed, not_yours
+from glora_server.coordinator.evaluations import has_unseen_version, next_evaluation, without_pruned
 from glora_server.coordinator.expectations import config_json, max_upload_bytes
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.messages import (
@@ -29,7 +29,7 @@ from glora_server.coordinator.opening import Opener, seed_of
 from glora_server.coordinator.ports import Store, UnitOfWork
 from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.run_spec import RunSpec
-from glora_server.coordinator.staffing import candidate, requirements
+from glora_server.coordinator.staffing import candidate, requirements, standing_refusal
 from glora_server.coordinator.views import LiveProgress
 from glora_server.rounds import assignment as machine
 from glora_server.rounds.assignment import (
@@ -56,6 +56,10 @@ _STATES = {
     DeviceState.SUSPENDED: (Reason.DEVICE_SUSPENDED, "was suspended by an operator; it may work again once approved"),
     DeviceState.REVOKED: (Reason.DEVICE_REVOKED, "was revoked by an operator; it has to join again with a new token"),
 }
+
+
+_EVALUATION_SECONDS = 3600.0
+"""How long a device that took an evaluation has for it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,25 +93,29 @@ class DeviceService:
         key = ("device", device.id)
         until = time.monotonic() + timeout
         answered = False
-        if self.hub.arrive(device.id, profile, self.engine.clock()):
-            await self.opener.device_arrived()
+        self.hub.arrive(device.id, profile, self.engine.clock())
         try:
+            await self.opener.device_arrived()
             while True:
                 seen = self.hub.signals.revision(key)
                 offer = await self._offer(device, profile)
                 left = until - time.monotonic()
                 if offer is not None or left <= 0:
                     answered = True
-                    notices = () if offer else await self.store.read(partial(_notices, device, profile))
+                    since = self.hub.since(device.id)
+                    notices = () if offer else await self.store.read(partial(_notices, device, profile, since))
                     return WorkAnswer(offer=offer, notices=notices)
-                await self.opener.device_arrived()
-                await self.hub.signals.wait(key, seen, left)
+                if await self.hub.signals.wait(key, seen, left) != seen:
+                    # What woke it may be that it was revoked, or granted another rank.
+                    device = await self.identify(device.key_sha256)
         finally:
             self.hub.leave(device.id, self.engine.clock(), lost=not answered)
 
     async def _offer(self, device: Device, profile: Profile) -> WorkOffer | None:
         open_ = await self.store.read(lambda uow: uow.rounds.open_for(device.id))
         waiting = [a for a in open_ if a.phase in AWAITED]
+        if any(a.kind is AssignmentKind.EVALUATE for a in waiting):
+            waiting = await self.store.write(partial(without_pruned, waiting, at=self.engine.clock()))
         waiting.sort(key=lambda a: a.kind is AssignmentKind.EVALUATE)
         if not waiting and profile.evaluates and await self.store.read(has_unseen_version(device, profile)):
             made = await self.store.write(lambda uow: next_evaluation(uow, device, profile, at=self.engine.clock()))
@@ -215,7 +223,7 @@ class DeviceService:
         """The adapter file of an open assignment, rendered when it is asked for the first time."""
         assignment = await self.store.read(partial(_own, device, assignment_id))
         if not assignment.is_open:
-            raise _closed(assignment)
+            raise assignment_closed(assignment)
         rank = next((offer.rank for offer in _adapters(assignment) if offer.key == key), None)
         if rank is None:
             raise GloraError(Reason.ADAPTER_UNKNOWN, f"The assignment has no adapter {key!r}.", adapter=key)
@@ -236,7 +244,7 @@ class DeviceService:
         assignment = await self.store.read(partial(_own, device, assignment_id))
         offers = _adapters(assignment)
         if key == offers[-1].key and assignment.is_open:
-            await self._move(assignment, Deliver())
+            await self._move(assignment, Deliver())  # a round that closed meanwhile does not undo the download
 
     async def _report(self, device: Device, assignment_id: AssignmentId, event: AssignmentEvent) -> ProgressAnswer:
         assignment = await self.store.read(partial(_own, device, assignment_id))
@@ -245,16 +253,34 @@ class DeviceService:
         return await self._answer(assignment)
 
     async def _move(self, assignment: Assignment, event: AssignmentEvent) -> Assignment:
-        if assignment.round_id is not None:
+        """The assignment after `event`, or as its round left it when that was faster; raises ILLEGAL_TRANSITION."""
+        if assignment.round_id is None:
+            return await self._move_evaluation(assignment.id, event)
+        try:
             round_ = await self.engine.apply(assignment.round_id, Moved(assignment.id, event))
-            return round_.find(assignment.id)
+        except GloraError as error:
+            now = await self.store.read(lambda uow: uow.rounds.assignment(assignment.id))
+            if error.reason is not Reason.ILLEGAL_TRANSITION or now.is_open:
+                raise
+            return now
+        return round_.find(assignment.id)
+
+    async def _move_evaluation(self, assignment_id: AssignmentId, event: AssignmentEvent) -> Assignment:
         at = self.engine.clock()
-        moved = machine.advance(assignment, event, at=at)
-        if isinstance(event, Accept):
-            moved = machine.advance(moved, Prolong(at + 3600.0), at=at)
-        if moved != assignment:
-            await self.store.write(lambda uow: uow.rounds.save_assignment(moved))
-            self.hub.run_changed(assignment.run_id)
+
+        def work(uow: UnitOfWork) -> Assignment:
+            before = uow.rounds.assignment(assignment_id)
+            after = machine.advance(before, event, at=at)
+            if isinstance(event, Accept):
+                after = machine.advance(after, Prolong(at + _EVALUATION_SECONDS), at=at)
+            if after != before:
+                uow.rounds.save_assignment(after)
+            return after
+
+        moved = await self.store.write(work)
+        if not moved.is_open:
+            self.hub.drop_assignments([moved.id])
+        self.hub.run_changed(moved.run_id)
         return moved
 
     async def _answer(self, assignment: Assignment) -> ProgressAnswer:
@@ -287,26 +313,25 @@ def _context(assignment: Assignment, uow: UnitOfWork) -> tuple[Run, Version, int
     return uow.runs.get(assignment.run_id), version, number
 
 
-def _notices(device: Device, profile: Profile, uow: UnitOfWork) -> tuple[NoticeRecord, ...]:
+def _notices(device: Device, profile: Profile, since: float | None, uow: UnitOfWork) -> tuple[NoticeRecord, ...]:
     """Why the device gets no work, run by run."""
     notices = []
     for run in uow.runs.active():
         if profile.run_name and profile.run_name not in {run.name, run.id}:
             continue
-        refusal = _notice(uow, run, device, profile)
+        refusal = _notice(uow, run, device, profile, since)
         if refusal is not None:
             notices.append(NoticeRecord(run_name=run.name, reason=refusal.reason, message=refusal.message))
     return tuple(notices)
 
 
-def _notice(uow: UnitOfWork, run: Run, device: Device, profile: Profile) -> Refusal | None:
+def _notice(uow: UnitOfWork, run: Run, device: Device, profile: Profile, since: float | None) -> Refusal | None:
     if run.phase is RunPhase.COMPLETED:
         return Refusal(reason=Reason.RUN_COMPLETED, message=f"Run {run.name} is complete.")
     if run.phase is RunPhase.PAUSED:
         return Refusal(reason=Reason.RUN_PAUSED, message=f"Run {run.name} is paused.")
     spec = RunSpec.from_json(run.spec_json)
-    _, declined = uow.rounds.declined_for(run.id).get(device.id, (0.0, None))
-    there = candidate(device, profile, declined)
+    there = candidate(device, profile, standing_refusal(uow.rounds.declined_for(run.id), device.id, since))
     needs = requirements(run, spec)
     return refusal_for(there, needs) if profile.evaluates and not profile.trains else training_refusal(there, needs)
 
@@ -327,12 +352,3 @@ def _check_evaluation(item: EvaluationRecord) -> None:
             f"An evaluation needs rows (got {item.rows}), a finite loss ({item.loss}), an accuracy from 0 to 1 "
             f"({item.accuracy}) and a rank ({item.rank}).",
         )
-
-
-def _closed(assignment: Assignment) -> GloraError:
-    return GloraError(
-        Reason.ASSIGNMENT_CLOSED,
-        f"The assignment is {assignment.phase.value}: {assignment.message or 'its round is over'}",
-        assignment=assignment.id,
-        phase=assignment.phase.value,
-    )

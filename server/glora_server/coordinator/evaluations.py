@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from glora_server.coordinator.model import Device, Page, Profile, Run, Version, new_id
 from glora_server.coordinator.ports import UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.staffing import candidate, requirements
-from glora_server.rounds.assignment import Assignment, AssignmentKind
+from glora_server.rounds.assignment import Assignment, AssignmentKind, Expire, advance
 from glora_server.rounds.ids import AssignmentId
 from glora_server.rounds.plan import refusal_for
 from glora_server.rounds.run import RunPhase
+from glora_wire.errors import Reason, Refusal
 
 _PAGE = Page(size=1000)
 
@@ -37,6 +38,21 @@ def has_unseen_version(device: Device, profile: Profile) -> Callable[[UnitOfWork
         return any(_unseen_version(uow, run, device, profile) is not None for run in uow.runs.active())
 
     return ask
+
+
+def without_pruned(open_: Sequence[Assignment], uow: UnitOfWork, *, at: float) -> list[Assignment]:
+    """Those of the open assignments that can still be done; evaluations of versions that were dropped expire."""
+    left = []
+    for assignment in open_:
+        version = uow.versions.get(assignment.version_id)
+        if assignment.kind is AssignmentKind.EVALUATE and version.pruned:
+            gone = Refusal(
+                reason=Reason.VERSION_UNKNOWN, message=f"Version {version.number} was dropped before it was evaluated."
+            )
+            uow.rounds.save_assignment(advance(assignment, Expire(gone), at=at))
+        else:
+            left.append(assignment)
+    return left
 
 
 def _unseen_version(uow: UnitOfWork, run: Run, device: Device, profile: Profile) -> Version | None:

@@ -18,6 +18,9 @@ Available = Mapping[DeviceId, tuple[Profile, float]]
 _FRESH_SECONDS = 10.0
 """A device that asked for work this long ago is still taken as there: it is about to ask again."""
 
+_GONE_SECONDS = 60.0
+"""A device that was silent for so long is offline; when it comes back it may have been restarted."""
+
 
 class Signals:
     """Counters that can be waited for; a change between reading a counter and waiting for it is never missed."""
@@ -67,7 +70,7 @@ class Signals:
 class _Presence:
     profile: Profile
     since: float
-    """When the device first came with this profile."""
+    """When the device first came with this profile, or came back after it was gone."""
     last_seen_at: float
     polls: int = 0
     saved_at: float = 0.0
@@ -98,7 +101,7 @@ class Hub:
         news = known is None or known.profile != profile or at - known.last_seen_at > _FRESH_SECONDS
         if known is None:
             known = self._present[device_id] = _Presence(profile=profile, since=at, last_seen_at=at)
-        if news:
+        elif known.profile != profile or at - known.last_seen_at > _GONE_SECONDS:
             known.since = at
         known.profile, known.last_seen_at = profile, at
         known.polls += 1
@@ -133,7 +136,12 @@ class Hub:
     def is_online(self, device_id: DeviceId, at: float) -> bool:
         """The device asked for work or moved an assignment within the last minute."""
         known = self._present.get(device_id)
-        return known is not None and (known.polls > 0 or at - known.last_seen_at < 60.0)
+        return known is not None and (known.polls > 0 or at - known.last_seen_at < _GONE_SECONDS)
+
+    def since(self, device_id: DeviceId) -> float | None:
+        """Since when the device says what it says; None when it was not heard of by this process."""
+        known = self._present.get(device_id)
+        return known.since if known else None
 
     def last_seen(self, device_id: DeviceId) -> float | None:
         """When the device was last heard of by this process."""

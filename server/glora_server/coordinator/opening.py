@@ -5,26 +5,38 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 
-from glora_server.coordinator.engine import Engine
+from glora_server.coordinator.engine import Engine, one
 from glora_server.coordinator.hub import Available, Hub
 from glora_server.coordinator.model import Owed, OwedKind, Page, Run, new_id
 from glora_server.coordinator.ports import Store, UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.staffing import candidates, requirements
+from glora_server.coordinator.transitions import Transition, step
 from glora_server.rounds import run as run_machine
 from glora_server.rounds.assignment import Assignment, AssignmentKind
 from glora_server.rounds.ids import AssignmentId, RoundId, RunId
 from glora_server.rounds.plan import Staffing, Waiting, staff, training_refusal
-from glora_server.rounds.round import LIVE, Opened, Round, RoundPhase
+from glora_server.rounds.round import LIVE, Aborted, Opened, Round, RoundPhase
 from glora_server.rounds.run import RunEvent, RunPhase
-from glora_wire.errors import GloraError, Reason
+from glora_wire.errors import GloraError, Reason, Refusal
 
 log = structlog.get_logger(__name__)
 _TRY_AGAIN_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Staffed:
+    """How a round would open now."""
+
+    opened: Opened
+    complete: bool
+    """Nobody else needs to be waited for."""
+    gather_seconds: float
 
 
 class Opener:
@@ -96,30 +108,39 @@ class Opener:
         if run.phase is not RunPhase.ACTIVE:
             self._hub.waiting.pop(run_id, None)
             return
-        if latest is None or latest.phase not in LIVE:
-            latest = await self._store.write(lambda uow: self._next_round(uow, run_id))
-            self._hub.run_changed(run_id)
+        if latest is None or latest.phase not in LIVE or _is_one_too_many(run, latest):
+            latest = await self._go_on(run_id)
         if latest is not None and latest.phase is RoundPhase.PLANNED:
             await self._try_open(run_id, latest.id)
 
-    def _next_round(self, uow: UnitOfWork, run_id: RunId) -> Round | None:
+    async def _go_on(self, run_id: RunId) -> Round | None:
+        """The next round, planned, or None: the run is over."""
+        run, latest, _ = await self._engine.commit(partial(self._next_round, run_id), moved=lambda made: made[2])
+        if run.phase is not RunPhase.ACTIVE:
+            self._hub.waiting.pop(run_id, None)
+            log.info(
+                "run_phase", run=run.name, phase=run.phase.value, reason=str(run.reason or ""), message=run.message
+            )
+        self._hub.run_changed(run_id)
+        return latest if run.phase is RunPhase.ACTIVE else None
+
+    def _next_round(self, run_id: RunId, uow: UnitOfWork) -> tuple[Run, Round | None, tuple[Transition, ...]]:
         """Plans the next round or attempt, or ends the run."""
         run, latest = uow.runs.get(run_id), uow.rounds.latest(run_id)
         if run.phase is not RunPhase.ACTIVE or run.version_id is None:
-            return None
-        if latest is not None and latest.phase in LIVE:
-            return latest
+            return run, latest, ()
         policy = RunSpec.from_json(run.spec_json).policy
-        if run.rounds_done >= policy.rounds:
-            self._end(uow, run, RunEvent.COMPLETE, None, "")
-            return None
+        if run.rounds_done >= policy.rounds and (latest is None or latest.phase not in LIVE - {RoundPhase.PLANNED}):
+            dropped = one(self._drop_planned(uow, latest))
+            return self._end(uow, run, RunEvent.COMPLETE, None, ""), None, dropped
+        if latest is not None and latest.phase in LIVE:
+            return run, latest, ()
         number, attempt = run.rounds_done + 1, 1
         if latest is not None and latest.number == number:
             attempt = latest.attempt + 1
-            if attempt > policy.max_attempts:
+            if latest.attempt >= policy.max_attempts:
                 message = f"Round {number} failed {latest.attempt} times; the last time: {latest.message}"
-                self._end(uow, run, RunEvent.FAIL, Reason.RETRIES_USED_UP, message)
-                return None
+                return self._end(uow, run, RunEvent.FAIL, Reason.RETRIES_USED_UP, message), None, ()
         planned = Round(
             id=RoundId(new_id()),
             run_id=run_id,
@@ -130,13 +151,18 @@ class Opener:
             created_at=self._engine.clock(),
         )
         uow.rounds.add(planned)
-        return planned
+        return run, planned, ()
 
-    def _end(self, uow: UnitOfWork, run: Run, event: RunEvent, reason: Reason | None, message: str) -> None:
+    def _drop_planned(self, uow: UnitOfWork, latest: Round | None) -> Transition | None:
+        """Ends a round that was planned before the operator asked for fewer of them."""
+        if latest is None or latest.phase is not RoundPhase.PLANNED:
+            return None
+        refusal = Refusal(reason=Reason.RUN_COMPLETED, message="The run is complete without this round.")
+        return step(uow, latest.id, Aborted(refusal), at=self._engine.clock())
+
+    def _end(self, uow: UnitOfWork, run: Run, event: RunEvent, reason: Reason | None, message: str) -> Run:
         phase = run_machine.advance(run.phase, event)
-        uow.runs.save(replace(run, phase=phase, reason=reason, message=message, ended_at=self._engine.clock()))
-        self._hub.waiting.pop(run.id, None)
-        log.info("run_phase", run=run.name, phase=phase.value, reason=str(reason or ""), message=message)
+        return uow.runs.save(replace(run, phase=phase, reason=reason, message=message, ended_at=self._engine.clock()))
 
     async def _try_open(self, run_id: RunId, round_id: RoundId) -> None:
         available = self._hub.available(self._engine.clock())
@@ -145,14 +171,28 @@ class Opener:
             self._could_open_at.pop(run_id, None)
             self._wait(run_id, staffed.message)
             return
-        opened, pause = staffed
+        pause = self._pause(run_id, staffed)
         if pause > 0:
-            self._wait(run_id, f"{len(opened.assignments)} devices are ready; waiting {pause:.0f} s for more.")
+            self._wait(run_id, f"{len(staffed.opened.assignments)} devices are ready; waiting {pause:.0f} s for more.")
             self._later(run_id, pause)
             return
         self._hub.waiting.pop(run_id, None)
         self._could_open_at.pop(run_id, None)
-        await self._engine.apply(round_id, opened)
+        work = partial(self._open, run_id=run_id, round_id=round_id, available=available)
+        if await self._engine.commit(work, moved=one) is None:
+            self.soon(run_id)
+
+    def _open(self, uow: UnitOfWork, *, run_id: RunId, round_id: RoundId, available: Available) -> Transition | None:
+        """Opens the round with what is true now: run, policy and devices may have changed since they were looked at."""
+        if (
+            uow.runs.get(run_id).phase is not RunPhase.ACTIVE
+            or uow.rounds.get(round_id).phase is not RoundPhase.PLANNED
+        ):
+            return None
+        staffed = self._staff(uow, run_id, round_id, available)
+        if isinstance(staffed, Waiting):
+            return None
+        return step(uow, round_id, staffed.opened, at=self._engine.clock())
 
     def _wait(self, run_id: RunId, message: str) -> None:
         if self._hub.waiting.get(run_id) != message:
@@ -160,9 +200,7 @@ class Opener:
             self._hub.run_changed(run_id)
             log.info("round_waits", run=run_id, message=message)
 
-    def _staff(
-        self, uow: UnitOfWork, run_id: RunId, round_id: RoundId, available: Available
-    ) -> Waiting | tuple[Opened, float]:
+    def _staff(self, uow: UnitOfWork, run_id: RunId, round_id: RoundId, available: Available) -> Waiting | _Staffed:
         run, round_ = uow.runs.get(run_id), uow.rounds.get(round_id)
         spec = RunSpec.from_json(run.spec_json)
         needs, busy = requirements(run, spec), uow.rounds.busy_devices()
@@ -175,16 +213,19 @@ class Opener:
         staffing = staff(pool, round_.policy, max_rank=spec.lora.max_rank, seed=seed)
         if isinstance(staffing, Waiting):
             return staffing
-        opened = Opened(self._offers(run, round_, staffing), staffing.target)
-        return opened, self._pause(uow, round_, len(pool), staffing)
+        wanted = round_.policy.target_devices or _last_turnout(uow, run_id)
+        return _Staffed(
+            opened=Opened(self._offers(run, round_, staffing), staffing.target),
+            complete=0 < wanted <= len(pool),
+            gather_seconds=round_.policy.gather_seconds,
+        )
 
-    def _pause(self, uow: UnitOfWork, round_: Round, pool: int, staffing: Staffing) -> float:
+    def _pause(self, run_id: RunId, staffed: _Staffed) -> float:
         """Seconds to wait for more devices: none once as many are there as are wanted or answered last time."""
-        wanted = staffing.target or _last_turnout(uow, round_.run_id)
-        if wanted and pool >= wanted:
+        if staffed.complete:
             return 0.0
         now = self._engine.clock()
-        return self._could_open_at.setdefault(round_.run_id, now) + round_.policy.gather_seconds - now
+        return self._could_open_at.setdefault(run_id, now) + staffed.gather_seconds - now
 
     def _offers(self, run: Run, round_: Round, staffing: Staffing) -> tuple[Assignment, ...]:
         now = self._engine.clock()
@@ -208,6 +249,11 @@ class Opener:
             timer.cancel()
         look: Callable[[], None] = lambda: self.soon(run_id)  # noqa: E731 - call_later wants a plain callable
         self._timers[run_id] = asyncio.get_running_loop().call_later(delay, look)
+
+
+def _is_one_too_many(run: Run, latest: Round) -> bool:
+    """The round was planned, and then the operator asked for fewer rounds."""
+    return latest.phase is RoundPhase.PLANNED and run.rounds_done >= RunSpec.from_json(run.spec_json).policy.rounds
 
 
 def _last_turnout(uow: UnitOfWork, run_id: RunId) -> int:

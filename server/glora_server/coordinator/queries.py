@@ -22,13 +22,14 @@ from glora_server.coordinator.model import (
 from glora_server.coordinator.ports import Store, StrategyInfo, UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.scores import rank_scores
-from glora_server.coordinator.staffing import candidate, requirements
+from glora_server.coordinator.staffing import candidate, requirements, standing_refusal
 from glora_server.coordinator.views import AssignmentView, DeviceView, RoundView, RunView, SystemView
 from glora_server.coordinator.waiting import why_it_waits
 from glora_server.rounds.assignment import Assignment
 from glora_server.rounds.ids import DeviceId
 from glora_server.rounds.plan import training_refusal
 from glora_server.rounds.round import Round
+from glora_wire.errors import Refusal
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,14 +143,17 @@ class Queries:
                 yield from (a for a in uow.rounds.open_for(device.id) if a.run_id == run.id and a.round_id is None)
 
     def _eligible(self, uow: UnitOfWork, run: Run, spec: RunSpec) -> tuple[int, int]:
-        needs = requirements(run, spec)
+        needs, declined = requirements(run, spec), uow.rounds.declined_for(run.id)
         eligible = [
             device
             for device in uow.devices.all()
             if device.state is DeviceState.APPROVED
-            and training_refusal(candidate(device, device.profile, None), needs) is None
+            and training_refusal(candidate(device, device.profile, self._refusal(declined, device)), needs) is None
         ]
         return len(eligible), sum(self.hub.is_online(device.id, self.clock()) for device in eligible)
+
+    def _refusal(self, declined: Mapping[DeviceId, tuple[float, Refusal]], device: Device) -> Refusal | None:
+        return standing_refusal(declined, device.id, self.hub.since(device.id))
 
     def _round(self, round_: Round, names: Mapping[DeviceId, str]) -> RoundView:
         seconds = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from glora_server.coordinator.hub import Available
 from glora_server.coordinator.model import Device, DeviceState, Profile, Run
 from glora_server.coordinator.ports import UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
+from glora_server.rounds.ids import DeviceId
 from glora_server.rounds.plan import Candidate, Requirements
 from glora_wire.errors import Refusal
 
@@ -54,6 +57,13 @@ def candidates(uow: UnitOfWork, run: Run, available: Available) -> list[Candidat
         profile, since = present
         if profile.run_name and profile.run_name not in {run.name, run.id}:
             continue
-        at, refusal = declined.get(device.id, (0.0, None))
-        found.append(candidate(device, profile, refusal if at >= since else None))
+        found.append(candidate(device, profile, standing_refusal(declined, device.id, since)))
     return found
+
+
+def standing_refusal(
+    declined: Mapping[DeviceId, tuple[float, Refusal]], device_id: DeviceId, since: float | None
+) -> Refusal | None:
+    """What the device declined for good with, unless it was restarted with something new to say after that."""
+    at, refusal = declined.get(device_id, (0.0, None))
+    return refusal if since is None or at >= since else None
