@@ -38,14 +38,21 @@ class Session:
     """One device at work. `run` returns when it was stopped or, with `once`, when its run has ended."""
 
     def __init__(
-        self, *, state: StateFolder, identity: Identity, options: SessionOptions, view: View, stop: Stop
+        self,
+        *,
+        state: StateFolder,
+        identity: Identity,
+        options: SessionOptions,
+        view: View,
+        stop: Stop,
+        process: TrainingProcess | None = None,
     ) -> None:
         self._state = state
         self._identity = identity
         self._options = options
         self._view = view
         self._stop = stop
-        self._process = TrainingProcess(options.trainer)
+        self._process = process or TrainingProcess(options.trainer)
         self._persistence = Persistence(stop, view, options.backoff)
         self._sender = Sender(state=state, persistence=self._persistence, view=view, stop=stop)
         self._worker = Worker(
