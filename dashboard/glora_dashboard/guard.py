@@ -1,11 +1,11 @@
-"""The gate before everything under /api: a bearer token and bodies of a bearable size, as plain ASGI: nothing passes it."""
+"""The gate before everything under /api, as plain ASGI, so that nothing passes it: a token, bodies of a bearable size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Final
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glora_dashboard.problems import problem_response
@@ -52,7 +52,7 @@ class Guard:
             status = None if error.reason is Reason.ADMIN_TOKEN_INVALID else 413
             await problem_response(error, status)(scope, receive, send)
             return
-        await self._app(scope, _replay(messages, receive), send)
+        await self._app(scope, _replay(messages, receive), _unstored(send))
 
     def _check_announced(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
@@ -74,6 +74,19 @@ class Guard:
     def _too_large(self) -> GloraError:
         limit = self._max_body // (1024 * 1024)
         return GloraError(Reason.REQUEST_INVALID, f"The request is too large; at most {limit} MiB are taken.")
+
+
+def _unstored(send: Send) -> Send:
+    """Tell caches and browsers to keep nothing and to guess nothing."""
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers.setdefault("Cache-Control", "no-store")
+            headers.setdefault("X-Content-Type-Options", "nosniff")
+        await send(message)
+
+    return send_with_headers
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:

@@ -152,14 +152,21 @@ def _error_of(response: httpx2.Response) -> GloraError:
     """The error that the server told, or one that says that somebody else answered."""
     try:
         problem = Problem.model_validate_json(response.content)
-        reason = Reason(problem.reason)
-    except (ValidationError, ValueError):
+    except ValidationError:
         return GloraError(
             Reason.SERVER_UNREACHABLE,
             f"{response.url} answered {response.status_code} {response.reason_phrase}, and not as a glora server does; "
             "look at --server-url.",
         )
-    return GloraError(reason, problem.detail, **problem.details)
+    return GloraError(_reason_of(problem), problem.detail, **problem.details)
+
+
+def _reason_of(problem: Problem) -> Reason:
+    """The server's reason; a newer server may have some that are not known here."""
+    try:
+        return Reason(problem.reason)
+    except ValueError:
+        return Reason.INTERNAL if problem.status >= 500 else Reason.ILLEGAL_TRANSITION
 
 
 def _is_loopback(host: str) -> bool:

@@ -101,6 +101,8 @@ class FakeServer:
     export_folders: list[Path] = field(default_factory=list)
     round_deadline: float = NOW + 240
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    completes_when_waited_for: bool = False
+    """A run ends as soon as somebody waits for its next change."""
 
     @classmethod
     def with_things(cls) -> FakeServer:
@@ -117,6 +119,7 @@ class FakeServer:
         self.token_records, self.revisions, self.audit_log = {}, {}, []
         self.checks = (HealthCheck(name="database", ok=True),)
         self.round_deadline = NOW + 240
+        self.completes_when_waited_for = False
 
     # commands
 
@@ -310,6 +313,8 @@ class FakeServer:
         )
 
     async def changed(self, run_name: str, revision: int, timeout: float) -> int:  # noqa: ASYNC109
+        if self.completes_when_waited_for:
+            await self.complete_run(run_name)
         if self.revisions.get(run_name, 0) == revision:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.news.wait(), timeout)

@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import uvicorn
 from fake_server import ADMIN_TOKEN, FakeServer
@@ -23,11 +22,6 @@ class Running:
 
     url: str
     fake: FakeServer
-    loop: asyncio.AbstractEventLoop
-
-    def run(self, work: Coroutine[Any, Any, object]) -> None:
-        """Run `work` in the server's event loop."""
-        asyncio.run_coroutine_threadsafe(work, self.loop).result(10)
 
 
 @contextlib.contextmanager
@@ -50,7 +44,7 @@ def serving(fake: FakeServer, work_dir: Path) -> Iterator[Running]:
     try:
         _await_start(server)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(url=f"http://127.0.0.1:{port}", fake=fake, loop=loop)
+        yield Running(url=f"http://127.0.0.1:{port}", fake=fake)
     finally:
         server.should_exit = True
         thread.join(10)

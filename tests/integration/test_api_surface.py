@@ -131,6 +131,11 @@ def test_metrics_need_the_token_unless_they_are_open(server: FakeServer, tmp_pat
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
+def test_answers_are_not_kept_by_caches(client: TestClient) -> None:
+    answer = client.get("/api/v1/devices")
+    assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
+
+
 def test_lists_come_in_parts(client: TestClient) -> None:
     first = client.get("/api/v1/devices", params={"page_size": 2}).json()
     assert [item["name"] for item in first["items"]] == ["pi-1", "pi-2"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -167,11 +166,9 @@ def test_an_export_never_overwrites(command: Command, tmp_path: Path) -> None:
     assert (again.code, again.err) == (2, f"{tmp_path}/out exists already; name a new or an empty folder with --out.\n")
 
 
-def test_watching_ends_well_when_the_run_completes(command: Command, running: Running) -> None:
-    end = threading.Timer(0.3, lambda: running.run(running.fake.complete_run("demo")))
-    end.start()
+def test_watching_ends_well_when_the_run_completes(command: Command, fake: FakeServer) -> None:
+    fake.completes_when_waited_for = True
     outcome = command("run", "watch", "demo")
-    end.join()
     assert outcome.code == 0
     lines = outcome.out.splitlines()
     assert lines[0] == "demo: active"
@@ -181,18 +178,15 @@ def test_watching_ends_well_when_the_run_completes(command: Command, running: Ru
     assert len(lines) == len(set(lines)), "a line was repeated although nothing changed"
 
 
-def test_on_a_terminal_watching_shows_a_page_that_is_redrawn(
-    command: Command, running: Running, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_on_a_terminal_watching_leaves_the_last_page(
+    command: Command, fake: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("glora_cli.watch.on_terminal", lambda: True)
-    end = threading.Timer(0.8, lambda: running.run(running.fake.complete_run("demo")))
-    end.start()
+    fake.completes_when_waited_for = True
     outcome = command("run", "watch", "demo")
-    end.join()
     assert outcome.code == 0
-    assert "pi-1" in outcome.out
-    assert "1 of 2 updates are in" in outcome.out
     assert "demo  completed" in outcome.out
+    assert "1 of 2 updates are in" in outcome.out
 
 
 def test_watching_a_run_that_was_aborted_fails(command: Command) -> None:

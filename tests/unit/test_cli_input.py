@@ -197,16 +197,23 @@ def test_the_token_of_the_data_folder_is_used(capsys: pytest.CaptureFixture[str]
         (httpx2.Response(502, text="<html>Bad Gateway"), "answered 502 Bad Gateway, and not as a glora server does"),
         (httpx2.Response(200, text="<html>"), "is not understood here: is it a glora server of another version?"),
         (httpx2.Response(200, json={"items": [{"x": 1}]}), "is not understood here"),
-        (
-            httpx2.Response(400, json={"reason": "NEW_REASON", "title": "", "status": 400, "detail": "x"}),
-            "answered 400",
-        ),
     ],
 )
 def test_somebody_else_that_answers_is_recognised(answer: httpx2.Response, sentence: str) -> None:
     transport = httpx2.MockTransport(lambda _: answer)
     with Api("http://h", "t", transport=transport) as api, pytest.raises(GloraError, match=sentence):
         api.every(RunAnswer, "/runs")
+
+
+def test_a_reason_that_only_a_newer_server_knows_is_told_in_its_words() -> None:
+    problem = {"reason": "NEW_REASON", "title": "Conflict", "status": 409, "detail": "The moon is full."}
+    transport = httpx2.MockTransport(lambda _: httpx2.Response(409, json=problem))
+    with (
+        Api("http://h", "t", transport=transport) as api,
+        pytest.raises(GloraError, match="The moon is full") as caught,
+    ):
+        api.get(RunAnswer, "/runs/x")
+    assert exit_code_of(caught.value) == 3
 
 
 def test_a_server_that_is_slow_is_told() -> None:
