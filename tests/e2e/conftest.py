@@ -1,0 +1,19 @@
+"""Logs of the processes beside every failure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from federation import LIVE
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Iterator[None]:
+    report = yield
+    if report.failed:
+        for federation in LIVE:
+            report.sections += [(f"log of {name}", text) for name, text in federation.logs()]
+    return report
