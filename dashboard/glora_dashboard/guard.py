@@ -1,4 +1,4 @@
-"""The gate before everything under /api, as plain ASGI, so that nothing passes it: a token, bodies of a bearable size."""
+"""The gate before everything under /api, as plain ASGI so that nothing passes it: a token, and no body too large."""
 
 from __future__ import annotations
 
