@@ -211,7 +211,7 @@ class Server:
             services.commands,
             services.queries,
             admin_token_check=AdminToken.open(settings.data_dir).matches,
-            health=_Health(services),
+            health=_Health(services, self.grpc),
             metrics_text=self.metrics.text,
             metrics_open=settings.http.loopback or settings.http.metrics_open,
             work_dir=settings.data_dir / "scratch",
@@ -248,7 +248,7 @@ class Server:
             database_revision=migrate.head(),
             worker_device=services.numerics.device,
             authority_pin=services.authority.pin,
-            authority_expires_at=services.authority.server_expires_at,
+            authority_expires_at=services.authority.expires_at,
             devices=len(devices),
             online_devices=sum(services.hub.is_online(device.id, now) for device in devices),
             active_runs=sum(run.phase is RunPhase.ACTIVE for run in uow.runs.active()),
@@ -261,6 +261,7 @@ class _Health:
     """What /readyz asks."""
 
     services: Services
+    grpc: GrpcServers
 
     async def check(self) -> tuple[HealthCheck, ...]:
         try:
@@ -270,7 +271,8 @@ class _Health:
             database = HealthCheck(name="database", ok=False, message=str(error) or "it does not answer")
         device = self.services.numerics.device
         worker = HealthCheck(name="worker", ok=bool(device), message=device or "the numerics worker is not running")
-        return database, worker
+        ports = HealthCheck(name="ports", ok=self.grpc.port > 0, message=f"gRPC {self.grpc.port}")
+        return database, worker, ports
 
 
 class _QuietServer(uvicorn.Server):

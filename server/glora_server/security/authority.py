@@ -100,6 +100,11 @@ class FileAuthority:
         return hashlib.sha256(self._authority.certificate.public_bytes(Encoding.DER)).hexdigest()
 
     @property
+    def expires_at(self) -> float:
+        """End of the authority's certificate, Unix seconds."""
+        return self._authority.certificate.not_valid_after_utc.timestamp()
+
+    @property
     def server_key_pem(self) -> bytes:
         """The private key of the server, PKCS#8."""
         return self._server.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
