@@ -194,7 +194,14 @@ def test_advised_rank_follows_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_plans_that_nobody_can_follow_are_refused() -> None:
     good = types_pb2.TrainingPlan(
-        task="causal_lm", rank=4, scale=1.0, steps=1, batch_size=1, max_length=8, wire_dtype=1, train_mask=3
+        task="causal_lm",
+        rank=4,
+        scale=1.0,
+        steps=1,
+        batch_size=1,
+        max_length=8,
+        wire_dtype=types_pb2.TENSOR_DTYPE_FLOAT32,
+        train_mask=types_pb2.TRAIN_MASK_B,
     )
     assert plan_from_proto(good).train_mask is FactorSet.B
     for name, value in (
