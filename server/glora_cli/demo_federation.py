@@ -6,6 +6,7 @@ Everything is done as people do it by hand, with the same commands; the demo onl
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -16,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from glora_cli.demo_corpus import collect_corpus
 from glora_cli.demo_data import Split, read_rows, split_rows, write_rows
 from glora_cli.demo_report import DeviceShare, Report, Traffic, load_lines, version_accuracies
-from glora_cli.demo_run import HOST, Processes, free_port, port_is_free
+from glora_cli.demo_run import HOST, Child, Processes, free_port, port_is_free
 from glora_cli.demo_spec import RUN_NAME, DemoOptions, run_toml, server_toml
 from glora_cli.demo_view import View
 from glora_cli.rest import Api
@@ -29,10 +30,13 @@ from glora_wire.errors import GloraError, Reason
 EVALUATOR: Final = "evaluator"
 _START_SECONDS: Final = 120.0
 _JOIN_SECONDS: Final = 120.0
+_EXPORT_SECONDS: Final = 300.0
 _LOOK_SECONDS: Final = 0.25
 _WAIT_SECONDS: Final = 2.0
 """How long the server keeps a question about the run open; processes are looked after in between."""
 _STALL_SECONDS: Final = 600.0
+_SENT: Final = "glora_sent_bytes_total"
+_RECEIVED: Final = "glora_received_bytes_total"
 
 
 class Federation:
@@ -52,9 +56,12 @@ class Federation:
         split = self._deal_rows()
         self._start_server()
         with Api(self._url, read_admin_token(self._data_dir)) as api:
+            # Reading the model takes longest and needs no device, so it goes on while they join.
+            creating = self._create_run(split)
             self._join(api, split)
             self._start_devices(split)
-            self._create_run(split)
+            self._processes.finish([creating], _START_SECONDS)
+            self._view.say(f"run {RUN_NAME!r} started: {self._options.rounds} rounds of {self._options.strategy}")
             run = self._follow(api)
             traffic = self._traffic()
             self._export(adapter)
@@ -108,8 +115,7 @@ class Federation:
             self._processes.start(
                 f"{name}-join",
                 *("client", "join", "--server", f"{HOST}:{port}", "--token", token.join_token),
-                *("--name", name, "--rank", str(rank)),
-                env=self._state_of(name),
+                *("--name", name, "--rank", str(rank), *self._state_of(name)),
             )
             for name, rank in ranks.items()
         ]
@@ -120,20 +126,15 @@ class Federation:
     def _start_devices(self, split: Split) -> None:
         model = ("--model", str(self._options.model), "--threads", "1")
         for name in self._names()[: len(split.devices)]:
-            self._processes.start(
-                name, "client", "run", *model, "--data", str(self._rows_of(name)), env=self._state_of(name)
-            )
-        self._processes.start(
-            EVALUATOR,
-            *("client", "run", *model, "--evaluate-only", "--eval-data", str(self._rows_of(EVALUATOR))),
-            env=self._state_of(EVALUATOR),
-        )
+            rows = ("--data", str(self._rows_of(name)))
+            self._processes.start(name, "client", "run", *model, *rows, *self._state_of(name))
+        held_out = ("--evaluate-only", "--eval-data", str(self._rows_of(EVALUATOR)))
+        self._processes.start(EVALUATOR, "client", "run", *model, *held_out, *self._state_of(EVALUATOR))
 
-    def _create_run(self, split: Split) -> None:
+    def _create_run(self, split: Split) -> Child:
         spec = self._folder / "run.toml"
         spec.write_text(run_toml(self._options, split.labels), encoding="utf-8")
-        self._ask("create", "run", "create", "--spec", str(spec), "--start")
-        self._view.say(f"run {RUN_NAME!r} started: {self._options.rounds} rounds of {self._options.strategy}")
+        return self._processes.start("create", "run", "create", "--spec", str(spec), "--start", *self._server())
 
     def _follow(self, api: Api) -> RunAnswer:
         """The run once it is complete and every version was measured at every rank."""
@@ -167,19 +168,18 @@ class Federation:
 
     def _traffic(self) -> Traffic:
         answer = httpx2.get(f"{self._url}/metrics", trust_env=False, timeout=10.0).raise_for_status()
-        found = {
-            (sample.name, sample.labels.get("kind", "")): int(sample.value)
-            for family in text_string_to_metric_families(answer.text)
-            for sample in family.samples
-        }
-        return Traffic(
-            training_down=found.get(("glora_sent_bytes_total", "train"), 0),
-            training_up=found.get(("glora_received_bytes_total", "train"), 0),
-            evaluation_down=found.get(("glora_sent_bytes_total", "evaluate"), 0),
-        )
+        found: Counter[str] = Counter()
+        for family in text_string_to_metric_families(answer.text):
+            for sample in family.samples:
+                found[sample.name] += int(sample.value) if sample.name in {_SENT, _RECEIVED} else 0
+        return Traffic(down=found[_SENT], up=found[_RECEIVED])
 
     def _export(self, adapter: Path) -> None:
-        self._ask("export", "export", RUN_NAME, "--rank", str(self._options.max_rank), "--out", str(adapter))
+        rank = str(self._options.max_rank)
+        exporting = self._processes.start(
+            "export", "export", RUN_NAME, "--rank", rank, "--out", str(adapter), *self._server()
+        )
+        self._processes.finish([exporting], _EXPORT_SECONDS)
 
     def _report(self, run: RunAnswer, split: Split, traffic: Traffic, adapter: Path, *, kept: bool) -> Report:
         options = self._options
@@ -200,9 +200,9 @@ class Federation:
             folder=str(self._folder) if kept else None,
         )
 
-    def _ask(self, name: str, *arguments: str) -> None:
-        """Run an administrative command against this server."""
-        self._processes.ask(name, *arguments, "--server-url", self._url, "--data-dir", str(self._data_dir))
+    def _server(self) -> tuple[str, ...]:
+        """The options by which an administrative command finds this server."""
+        return "--server-url", self._url, "--data-dir", str(self._data_dir)
 
     def _names(self) -> Sequence[str]:
         return [f"device-{number}" for number in range(1, len(self._options.ranks) + 1)]
@@ -210,8 +210,8 @@ class Federation:
     def _rows_of(self, name: str) -> Path:
         return self._folder / "rows" / f"{name}.jsonl"
 
-    def _state_of(self, name: str) -> dict[str, str]:
-        return {"GLORA_CLIENT_STATE": str(self._folder / "devices" / name)}
+    def _state_of(self, name: str) -> tuple[str, str]:
+        return "--state-dir", str(self._folder / "devices" / name)
 
 
 def _answers(http: httpx2.Client) -> bool:

@@ -47,11 +47,10 @@ class DeviceShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
-    """Payload bytes between the server and devices, as the server's metrics count them."""
+    """Payload bytes between the server and all devices, the evaluating one included, as the server counted them."""
 
-    training_down: int
-    training_up: int
-    evaluation_down: int
+    down: int
+    up: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +111,6 @@ def load_lines(model: Path, labels: int, adapter: Path) -> tuple[str, ...]:
 
 def report_page(report: Report) -> RenderableType:
     """The report for people."""
-    traffic = report.traffic
     parts: list[RenderableType] = [
         Text(""),
         Text(
@@ -127,8 +125,8 @@ def report_page(report: Report) -> RenderableType:
             f"{report.strategy}, in {span(report.seconds)}."
         ),
         Text(
-            f"The devices moved {size(traffic.training_down)} down and {size(traffic.training_up)} up, "
-            f"the evaluating device {size(traffic.evaluation_down)}. Their rows never left them: "
+            f"{size(report.traffic.down)} of adapters went down to devices, {size(report.traffic.up)} of updates came "
+            "up. Their rows never left them: "
             + ", ".join(f"{device.name} (rank {device.rank}) {device.rows}" for device in report.devices)
             + "."
         ),

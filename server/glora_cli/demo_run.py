@@ -55,7 +55,7 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, name: str, *arguments: str, env: Mapping[str, str] | None = None) -> Child:
+    def start(self, name: str, *arguments: str) -> Child:
         """Start `glora ARGUMENTS` and let it run; it writes to NAME.log."""
         log = self._logs / f"{name}.log"
         with log.open("ab") as output:
@@ -64,7 +64,7 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=child_environment(env or {}),
+                env=child_environment(os.environ),
                 process_group=0,  # a terminal's Ctrl-C is for the demo, which ends its children in order
             )
         child = Child(name, process, log)
@@ -83,10 +83,6 @@ class Processes:
             self._children.remove(child)
             if child.process.returncode != 0:
                 raise failure(f"{child.name} failed (exit code {child.process.returncode})", child)
-
-    def ask(self, name: str, *arguments: str, within: float = 300.0) -> None:
-        """Run one `glora` command to its end; raises INTERNAL with what it said."""
-        self.finish([self.start(name, *arguments)], within)
 
     def wait_until(self, ready: Callable[[], bool], what: str, within: float, child: Child) -> None:
         """Wait until `ready` answers yes; raises INTERNAL with the log of `child` when it does not in time."""
@@ -124,17 +120,16 @@ def failure(what: str, child: Child) -> GloraError:
     return GloraError(Reason.INTERNAL, f"{what}. The end of its log:\n{child.tail}")
 
 
-def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without settings of other servers and devices, offline, one thread a process."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GLORA_")}
-    fixed = {
+def child_environment(inherited: Mapping[str, str]) -> dict[str, str]:
+    """`inherited` without settings of other servers and devices; offline, one thread a process."""
+    kept = {name: value for name, value in inherited.items() if not name.startswith("GLORA_")}
+    return kept | {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
         "NO_COLOR": "1",
     }
-    return {**inherited, **fixed, **extra}
 
 
 def free_port(wanted: int) -> int:

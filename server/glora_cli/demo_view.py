@@ -45,7 +45,9 @@ class Lines:
 
     def show(self, run: RunAnswer) -> None:
         """Write what is new about the run."""
-        self._run.show(run)
+        # How far every device is would be a line a second.
+        collecting = run.round is not None and run.round.assignments
+        self._run.show(run.model_copy(update={"waiting": ""}) if collecting else run)
 
 
 class Screen:
