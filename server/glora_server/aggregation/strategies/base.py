@@ -105,7 +105,7 @@ def merge_instruction(left: Tensor, right: Tensor) -> MergeInstruction:
     digest = hashlib.blake2b(digest_size=16, person=b"glora-merge")
     for factor in (left, right):
         digest.update(f"{tuple(factor.shape)}{factor.dtype}".encode())
-        digest.update(factor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(factor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
     return MergeInstruction(left=left, right=right, digest=digest.hexdigest())
 
 

@@ -5,8 +5,8 @@ r"""raFLoRA: each slice of rank is averaged over the devices that have it, so th
 
 Levels ℓ_1 < ℓ_2 < … come from the run, never from who took part in the round. Columns above a device's highest level
 are not counted. Without levels every rank is one (this is RB-LoRA's rule as well), which gives the same as any list
-that holds all granted ranks. A slice is lost when no device of that rank takes part, and since columns carry meaning the
-result depends on the gauge as soon as ranks differ.
+that holds all granted ranks. A slice is lost when no device of that rank takes part, and since columns carry meaning
+the result depends on the gauge as soon as ranks differ.
 
 O((d + n)(Σr)² + (Σr)³). Source: arXiv 2602.13486.
 """
