@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tiny_numerics import Array, Crash, TinyNumerics, read_tensors
+from tiny_numerics import Array, Fuse, TinyNumerics, read_tensors
 
 from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.commands import Commands
@@ -163,18 +163,19 @@ class FakeAuthority:
 class BreakableStore:
     """The store, with the end of the process before or after the next write of some work, by its function's name."""
 
-    def __init__(self, inner: SqlStore) -> None:
+    def __init__(self, inner: SqlStore, fuse: Fuse) -> None:
         self._inner = inner
+        self._fuse = fuse
         self.crash_before = ""
         self.crash_after = ""
 
     async def write(self, work: Callable[[UnitOfWork], T]) -> T:
         name = getattr(getattr(work, "func", work), "__name__", "")
         if name == self.crash_before:
-            raise Crash(name)
+            self._fuse.blow(name)
         result = await self._inner.write(work)
         if name == self.crash_after:
-            raise Crash(name)
+            self._fuse.blow(name)
         return result
 
     async def read(self, work: Callable[[UnitOfWork], T]) -> T:
@@ -220,7 +221,7 @@ class World:
     async def boot(self) -> World:
         """Start a process on what is there."""
         self.workspace.prepare()
-        store = BreakableStore(self.sql)
+        store = BreakableStore(self.sql, self.numerics.fuse)
         hub, watcher = Hub(), NobodyWatches()
         engine = Engine(store=store, hub=hub, observer=watcher, clock=self.clock)
         opener = Opener(store=store, hub=hub, engine=engine)
@@ -272,6 +273,11 @@ class World:
         await engine.start()
         await opener.start()
         return self
+
+    async def blown(self) -> None:
+        """Wait until the process ended where the test wanted it to."""
+        async with asyncio.timeout(PATIENCE):
+            await self.numerics.fuse.blown.wait()
 
     async def crash(self) -> World:
         """End the process as a power cut would, and start the next one."""

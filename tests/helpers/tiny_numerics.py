@@ -6,8 +6,10 @@ rank. An aggregate is the weighted mean of s B A, cut to the server's rank. Dens
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +39,18 @@ class Crash(BaseException):
     """The process ends here, as far as a test is concerned: no handler of ordinary errors sees it."""
 
 
+class Fuse:
+    """Ends the process, and lets the test wait for that."""
+
+    def __init__(self) -> None:
+        self.blown = asyncio.Event()
+
+    def blow(self, where: str) -> NoReturn:
+        """End the process."""
+        self.blown.set()
+        raise Crash(where)
+
+
 def read_tensors(path: Path) -> dict[str, Array]:
     """Every float32 tensor of a payload."""
     data = path.read_bytes()
@@ -50,6 +64,7 @@ class TinyNumerics(NumericsEngine):
     """Counts its jobs; can lose its worker, or end the process, at the next jobs of a kind."""
 
     def __init__(self) -> None:
+        self.fuse = Fuse()
         self.jobs: Counter[str] = Counter()
         self.losses: Counter[str] = Counter()
         """How many of the next jobs of each kind lose the worker."""
@@ -61,7 +76,7 @@ class TinyNumerics(NumericsEngine):
     def _begin(self, kind: str) -> None:
         self.jobs[kind] += 1
         if self.crash_at.get(kind) == self.jobs[kind]:
-            raise Crash(kind)
+            self.fuse.blow(kind)
         if self.losses[kind] > 0:
             self.losses[kind] -= 1
             raise WorkerLostError(kind)
