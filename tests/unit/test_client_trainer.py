@@ -229,23 +229,20 @@ def test_a_moved_deadline_ends_training_early(
     assert (tmp_path / "out.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
+def test_failures_keep_their_reason_and_the_process_its_life(
+    tmp_path: Path, minilm: Path, manifest: Manifest, process: Process
+) -> None:
+    for content, reason in (
         ('{"text": "x", "label": "maybe"}\n', Reason.UNKNOWN_LABEL),
         ("\n", Reason.DATA_EMPTY),
         ("{\n", Reason.DATA_INVALID),
-    ],
-)
-def test_failures_keep_their_reason_and_the_process_its_life(
-    tmp_path: Path, minilm: Path, manifest: Manifest, process: Process, content: str, reason: Reason
-) -> None:
-    (tmp_path / "bad.jsonl").write_text(content)
-    process.send(_job(tmp_path, minilm, manifest, number=5, data=str(tmp_path / "bad.jsonl")).to_line())
-    last = list(process.events())[-1]
-    assert isinstance(last, Failed)
-    assert last.as_error().reason is reason
-    assert "bad.jsonl" in last.message
+    ):
+        (tmp_path / "bad.jsonl").write_text(content)
+        process.send(_job(tmp_path, minilm, manifest, number=5, data=str(tmp_path / "bad.jsonl")).to_line())
+        last = list(process.events())[-1]
+        assert isinstance(last, Failed)
+        assert last.as_error().reason is reason
+        assert "bad.jsonl" in last.message
 
 
 def test_a_broken_training_function_is_a_failure_with_a_reason(
