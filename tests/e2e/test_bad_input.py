@@ -23,6 +23,7 @@ from glora_dashboard.models import AssignmentAnswer
 from glora_dashboard.run_models import RoundAnswer
 from glora_wire.digests import digest_bytes
 from glora_wire.errors import GloraError, Reason
+from glora_wire.rpc_errors import error_from_rpc
 
 pytestmark = pytest.mark.e2e
 
@@ -274,7 +275,9 @@ def test_nobody_else_may_use_an_assignment(story: Story) -> None:
     stranger = HandDevice(story.federation.state_dir("names"), "")
     try:
         theirs = types_pb2.Assignment(name=f"assignments/{story.assignment('clumsy').id}")
-        error = stranger.refusal(theirs, b"x", "{}")
+        with pytest.raises(grpc.RpcError) as refused:
+            stranger.push(theirs, b"x", "{}")
+        error = error_from_rpc(refused.value)
     finally:
         stranger.close()
     assert error.reason is Reason.ASSIGNMENT_UNKNOWN

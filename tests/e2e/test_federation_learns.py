@@ -15,13 +15,15 @@ from e2e_data import deal, labels, minilm, run_toml
 from federation import Federation, completed
 
 from glora_dashboard.run_models import RunAnswer
+from glora_wire.digests import Digest
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 RANKS = {"device-1": 2, "device-2": 4, "device-3": 8, "device-4": 16}
 ROUNDS, OTHER_ROUNDS = 4, 1
-HELD_OUT = 200
-TRAINING = "steps = 20\nbatch_size = 16\nmax_length = 48\nlearning_rate = 3e-3\nwarmup_ratio = 0.1"
+HELD_OUT = 160
+STEPS = 30
+TRAINING = f"steps = {STEPS}\nbatch_size = 16\nmax_length = 48\nlearning_rate = 3e-3\nwarmup_ratio = 0.1"
 ENOUGH, NOTHING_YET = 0.70, 0.45
 
 
@@ -115,7 +117,7 @@ def test_every_version_was_measured_at_every_rank(trained: Trained) -> None:
     assert accuracies(trained.run, 2)[-1] >= NOTHING_YET
 
 
-def test_rounds_took_every_device_at_its_own_rank_and_counted_its_bytes(trained: Trained) -> None:
+def test_rounds_took_every_device_at_its_own_rank_and_counted_the_bytes(trained: Trained) -> None:
     rounds = trained.federation.rounds("glora")
     assert [found.number for found in rounds] == list(range(1, ROUNDS + 1))
     for found in rounds:
@@ -123,11 +125,15 @@ def test_rounds_took_every_device_at_its_own_rank_and_counted_its_bytes(trained:
         assert {item.device: item.rank for item in found.assignments} == RANKS
         assert {item.phase for item in found.assignments} == {"accepted_update"}
         assert all(item.training_rows > 0 for item in found.assignments)
-        # An adapter of rank r has 12 modules of 768 r numbers of 4 bytes, and the head.
-        assert all(item.bytes_up > 12 * 768 * 4 * item.rank for item in found.assignments)
-    losses = trained.federation.rows("SELECT training_loss, completed_steps FROM uploads")
-    assert len(losses) == 4 * (ROUNDS + OTHER_ROUNDS)
-    assert all(isinstance(loss, float) and loss > 0 and steps == 20 for loss, steps in losses)
+    uploads = trained.federation.rows("SELECT training_loss, completed_steps, digest FROM uploads")
+    assert len(uploads) == 4 * (ROUNDS + OTHER_ROUNDS)
+    assert all(isinstance(loss, float) and loss > 0 and steps == STEPS for loss, steps, _ in uploads)
+    sizes = [Digest.parse(str(digest)).size for _, _, digest in uploads]
+    # An adapter of rank r has 12 modules of 768 r numbers of 4 bytes; and there is the head.
+    assert sum(sizes) > (ROUNDS + OTHER_ROUNDS) * sum(12 * 768 * 4 * rank for rank in RANKS.values())
+    assert trained.federation.metric("glora_received_bytes_total") == sum(sizes)
+    # What went up had come down, and the evaluator got every version besides.
+    assert trained.federation.metric("glora_sent_bytes_total") > 1.5 * sum(sizes)
 
 
 def test_runs_at_the_same_time_are_isolated(trained: Trained) -> None:

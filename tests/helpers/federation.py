@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 import httpx2
+from prometheus_client.parser import text_string_to_metric_families
 
 from glora_cli.demo_run import child_environment
 from glora_cli.rest import Api
@@ -170,7 +171,7 @@ class Federation:
 
     @property
     def database(self) -> Path:
-        return self.data_dir / "glora.db"
+        return self.data_dir / "glora.sqlite3"
 
     @property
     def url(self) -> str:
@@ -289,6 +290,7 @@ class Federation:
                     run = api.get(RunAnswer, f"/runs/{name}")
                     while not reached(run) and time.monotonic() < deadline:
                         assert not is_lost(run), f"{name} is {run.phase} ({run.message}) before {what}"
+                        assert not self.events("aggregation_failed"), "aggregation failed"
                         known = run.revision
                         run = api.get(RunAnswer, f"/runs/{name}", {"wait": known, "timeout": 2.0})
                     if reached(run):
@@ -311,6 +313,12 @@ class Federation:
     def system(self) -> SystemAnswer:
         with self.api() as api:
             return api.get(SystemAnswer, "/system")
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        text = httpx2.get(f"{self.url}/metrics", trust_env=False, timeout=10.0).raise_for_status().text
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return sum(sample.value for sample in samples if sample.name == name)
 
     def _standing(self, name: str) -> str:
         try:

@@ -83,13 +83,18 @@ class HandDevice:
         rows: int = 100,
         chunk: int = CHUNK,
     ) -> coordinator_pb2.PushUpdateResponse:
-        """The answer to an update; raises the GloraError that the server told."""
+        """The answer to an update, resumed where the server has it; raises the GloraError that the server told."""
         announced = digests.to_proto(digest or digest_bytes(payload))
+        known = self.stub.QueryUpload(
+            coordinator_pb2.QueryUploadRequest(assignment=assignment.name, digest=announced), timeout=_SECONDS
+        )
+        offset = known.committed_bytes if known.state == State.UPLOAD_STATE_PARTIAL else 0
 
         def parts() -> Iterator[Request]:
             header = coordinator_pb2.PushHeader(
                 assignment=assignment.name,
                 digest=announced,
+                offset=offset,
                 adapter_config_json=config,
                 training_rows=rows,
                 completed_steps=1,
@@ -98,7 +103,7 @@ class HandDevice:
             )
             yield Request(header=header)
             end = len(payload) if stop_at is None else stop_at
-            for start in range(0, end, chunk):
+            for start in range(offset, end, chunk):
                 yield Request(chunk=coordinator_pb2.Chunk(offset=start, data=payload[start : min(end, start + chunk)]))
             yield Request(trailer=coordinator_pb2.Trailer(digest=announced))
 

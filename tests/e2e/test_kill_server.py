@@ -1,0 +1,233 @@
+"""kill -9 of either side, cut and silent networks: the round ends with every update that had been received.
+
+One server and two devices for all tests; each test has a run of one round. The slow device uploads through a proxy,
+which gives time to do harm in the middle of a transfer.
+"""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from e2e_data import manifest_of, minilm, run_toml, some_rows
+from federation import Federation, Process, completed, until
+from tcp_proxy import TcpProxy
+
+from glora_dashboard.models import AssignmentAnswer
+from glora_dashboard.run_models import RoundAnswer, RunAnswer
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+QUICK_RANK, SLOW_RANK = 8, 128
+UPLOAD_BYTES = 12 * 768 * 4 * SLOW_RANK
+"""Of the slow device, nearly: five chunks."""
+RATE = 1_500_000
+MOST = 0.6
+"""So much of an upload has gone through the proxy before harm is done; a chunk that is cut is sent again."""
+AGAIN = 1.4
+"""What may go through in all; without resuming it would be 1 + MOST at least."""
+
+
+@dataclass(eq=False)
+class World:
+    """Everything that the tests share."""
+
+    federation: Federation
+    proxy: TcpProxy
+    folder: Path
+    server: Process
+    quick: Process
+    slow: Process
+
+    def start_quick(self) -> Process:
+        return self.federation.start_device("quick", minilm(), "--data", str(self.folder / "quick.jsonl"))
+
+    def start_slow(self) -> Process:
+        return self.federation.start_device("slow", minilm(), "--data", str(self.folder / "slow.jsonl"))
+
+    def begin(self, name: str, *, steps: int = 2) -> None:
+        """Start a run of one round that needs both devices."""
+        toml = run_toml(
+            name,
+            minilm(),
+            lora=f"max_rank = {SLOW_RANK}",
+            training=f"steps = {steps}\nbatch_size = 8\nmax_length = 48",
+            policy="rounds = 1\ntarget_devices = 2\nquorum = 2\ndeadline_seconds = 240.0",
+            evaluation="ranks = [8]\nbefore = false\nafter = false",
+        )
+        self.federation.until_online("quick", "slow", within=120.0)
+        self.federation.create_run(toml, manifest_of(toml))
+
+    def wait_for(self, name: str, device: str, phase: str) -> None:
+        def reached(run: RunAnswer) -> bool:
+            return run.round is not None and assignment(run.round, device).phase == phase
+
+        self.federation.wait_run(name, reached, f"{device} is {phase}", 200.0)
+
+    def wait_for_bytes(self, before: int) -> None:
+        """Return when most of the slow device's upload is on its way."""
+        until(lambda: self.proxy.bytes_up - before > MOST * UPLOAD_BYTES, "most of the upload has gone out", 60.0)
+
+    def uploads(self, name: str) -> dict[str, str]:
+        """Digest by assignment, from the database file."""
+        found = self.federation.rows(
+            "SELECT u.assignment_id, u.digest FROM uploads u JOIN rounds r ON r.id = u.round_id "
+            "JOIN runs ON runs.id = r.run_id WHERE runs.name = ?",
+            name,
+        )
+        return {str(assignment): str(digest) for assignment, digest in found}
+
+    def kill_server(self) -> None:
+        children = descendants(self.server.popen.pid)
+        self.server.kill()
+        until(lambda: not any(running(pid) for pid in children), "the server's worker ends with it", 20.0)
+
+    def finish(self, name: str) -> RoundAnswer:
+        """The run's only round, committed at the first attempt with both updates."""
+        self.federation.wait_run(name, completed, "its end", 240.0)
+        (only,) = self.federation.rounds(name)
+        assert (only.phase, only.attempt, only.accepted) == ("committed", 1, 2)
+        return only
+
+    def trained_once(self, name: str, process: Process) -> None:
+        assert process.text.count(f"Round 1 of {name}: training") == 1, "what was received was made again"
+
+
+def assignment(found: RoundAnswer, device: str) -> AssignmentAnswer:
+    return next(item for item in found.assignments if item.device == device)
+
+
+def descendants(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
+    children = [int(word) for word in found.stdout.split()]
+    return children + [grandchild for child in children for grandchild in descendants(child)]
+
+
+def running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("kill")
+    some_rows(folder / "quick.jsonl", 60)
+    some_rows(folder / "slow.jsonl", 60, seed=2)
+    with Federation(folder / "federation") as federation, TcpProxy(target=federation.ports.grpc) as proxy:
+        server = federation.start_server()
+        federation.join("quick", QUICK_RANK)
+        federation.join("slow", SLOW_RANK, through=proxy.port)
+        quick = federation.start_device("quick", minilm(), "--data", str(folder / "quick.jsonl"))
+        slow = federation.start_device("slow", minilm(), "--data", str(folder / "slow.jsonl"))
+        yield World(federation=federation, proxy=proxy, folder=folder, server=server, quick=quick, slow=slow)
+
+
+@pytest.fixture(autouse=True)
+def well_again(world: World) -> Iterator[None]:
+    """Whatever a test did to the network ends with it."""
+    world.proxy.rate = RATE
+    yield
+    world.proxy.rate = None
+    world.proxy.swallowing = world.proxy.refusing = False
+
+
+def test_server_killed_while_collecting(world: World) -> None:
+    before = world.proxy.bytes_up
+    world.begin("collecting")
+    world.wait_for("collecting", "quick", "accepted_update")
+    world.wait_for_bytes(before)
+    received = world.uploads("collecting")
+    assert len(received) == 1, "the quick one's is in, the slow one's is not"
+    world.kill_server()
+    assert world.uploads("collecting") == received
+    world.server = world.federation.start_server()
+    world.finish("collecting")
+    assert received.items() <= world.uploads("collecting").items()
+    world.trained_once("collecting", world.quick)
+    world.trained_once("collecting", world.slow)
+    assert world.quick.alive
+    assert world.slow.alive
+    assert world.proxy.bytes_up - before < AGAIN * UPLOAD_BYTES, "the upload began anew"
+
+
+def test_server_killed_while_aggregating(world: World) -> None:
+    world.proxy.rate = None
+    for attempt in range(5):
+        name = f"aggregating-{attempt}"
+        world.begin(name)
+        world.federation.wait_run(
+            name, lambda run: run.round is not None and run.round.phase == "aggregating", "aggregation", 200.0
+        )
+        world.kill_server()
+        (phase,) = world.federation.rows(
+            "SELECT rounds.phase FROM rounds JOIN runs ON runs.id = rounds.run_id WHERE runs.name = ?", name
+        )
+        received = world.uploads(name)
+        world.server = world.federation.start_server()
+        world.finish(name)
+        assert world.uploads(name) == received
+        world.trained_once(name, world.quick)
+        world.trained_once(name, world.slow)
+        assert world.federation.show_run(name).version_number == 1
+        if phase == ("aggregating",):
+            return
+    pytest.fail("aggregation was over before the kill, five times")
+
+
+def test_device_killed_while_uploading(world: World) -> None:
+    before = world.proxy.bytes_up
+    world.begin("mid-upload")
+    world.wait_for_bytes(before)
+    world.slow.kill()
+    world.slow = world.start_slow()
+    only = world.finish("mid-upload")
+    world.trained_once("mid-upload", world.slow)
+    assert "An update for round 1 of mid-upload waits; sending it." in world.slow.text
+    assert world.proxy.bytes_up - before < AGAIN * UPLOAD_BYTES, "the upload began anew"
+    # The server took a few bytes more than the update has, not the update twice.
+    assert assignment(only, "slow").bytes_up >= UPLOAD_BYTES
+
+
+def test_device_killed_while_training(world: World) -> None:
+    world.proxy.rate = None
+    world.begin("mid-training", steps=40)
+
+    def training(run: RunAnswer) -> bool:
+        if run.round is None:
+            return False
+        progress = assignment(run.round, "quick").progress
+        return progress is not None and progress.phase == "training"
+
+    world.federation.wait_run("mid-training", training, "training", 120.0)
+    time.sleep(random.uniform(0.0, 0.5))
+    children = descendants(world.quick.popen.pid)
+    world.quick.kill()
+    until(lambda: not any(running(pid) for pid in children), "the training process ends with its agent", 20.0)
+    world.quick = world.start_quick()
+    world.finish("mid-training")
+
+
+@pytest.mark.parametrize("harm", ["cut", "silence"])
+def test_network_breaks_in_the_middle_of_an_upload(world: World, harm: str) -> None:
+    before = world.proxy.bytes_up
+    world.begin(harm)
+    world.wait_for_bytes(before)
+    if harm == "silence":
+        world.proxy.swallowing = True
+        time.sleep(1.0)
+    world.proxy.refusing = True
+    world.proxy.cut()
+    world.federation.show_run(harm)
+    time.sleep(0.5)
+    world.proxy.swallowing = world.proxy.refusing = False
+    world.finish(harm)
+    world.trained_once(harm, world.slow)
+    assert world.proxy.bytes_up - before < AGAIN * UPLOAD_BYTES, "the upload began anew"
