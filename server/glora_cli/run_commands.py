@@ -39,6 +39,9 @@ def create_run(
         Path | None,
         typer.Option(metavar="FILE", help="Manifest of the base model; left out, it is made from the model."),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Base model on this machine, in place of model.path of the spec.")
+    ] = None,
     start: Annotated[bool, typer.Option("--start", help="Start it at once.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -52,6 +55,8 @@ def create_run(
       labels = ["negative", "positive"]
     """
     described = with_labels(read_spec(spec), spec.parent)
+    if model is not None:
+        described = described.model_copy(update={"model": described.model.model_copy(update={"path": model})})
     found = build_manifest(described) if manifest is None else read_manifest(manifest)
     body = {"spec": json.loads(described.to_json()), "manifest": json.loads(found.to_json()), "start": start}
     run = api.post(RunAnswer, "/runs", body)

@@ -35,10 +35,10 @@ class GrpcSettings(SettingsSection):
         default=(), description="Names and addresses by which devices reach the server; they go into its certificate."
     )
     public_host: str = Field(
-        default="", description="Name that join tokens tell devices to dial; empty = the first public name."
+        default="", description="Host that devices dial once they have joined; empty = the one that they joined at."
     )
     max_concurrent_uploads: int = Field(
-        default=4, ge=1, le=1024, description="Uploads taken in at the same time; the others are asked to come again."
+        default=4, ge=1, le=1024, description="Fast uploads taken in at the same time; the others wait a moment."
     )
     wait_seconds_min: float = Field(
         default=25.0, ge=1, le=3600, description="Seconds that an idle device's question stays open, at least."
