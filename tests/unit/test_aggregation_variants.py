@@ -71,6 +71,7 @@ def test_normalised_energy_bounds_what_a_loud_client_can_do() -> None:
 
 @pytest.mark.parametrize("subspace", ["projector", "ridge", "energy", "normalised_energy"])
 def test_votes_by_rank_agree_with_the_dense_reference(subspace: str) -> None:
+    """R = 3: what the client of rank 5 has outside the others is one eigenvalue, 2-fold, and R = 4 would cut it."""
     updates = updates_of((1, 5, 2))
     p, ranks = shares(updates), [u.rank for u in updates]
     mean_rank = sum(w * r for w, r in zip(p, ranks, strict=True))
@@ -86,9 +87,9 @@ def test_votes_by_rank_agree_with_the_dense_reference(subspace: str) -> None:
         }[subspace]
         parts.append(left @ torch.diag(votes) @ left.T)
     k = weighted(parts, [w * mean_rank / r for w, r in zip(p, ranks, strict=True)])
-    found = aggregate("glora", None, updates, rank=4, rule="replace", subspace=subspace, votes="by_rank")
-    assert torch.allclose(dense_state(found.state), projected(k, mean_update(updates), 4), atol=1e-9)
-    assert found.diagnostics.eigenvalues == pytest.approx(torch.linalg.eigvalsh(k).flip(0)[:4].tolist())
+    found = aggregate("glora", None, updates, rank=3, rule="replace", subspace=subspace, votes="by_rank")
+    assert torch.allclose(dense_state(found.state), projected(k, mean_update(updates), 3), atol=1e-9)
+    assert found.diagnostics.eigenvalues == pytest.approx(torch.linalg.eigvalsh(k).flip(0)[:3].tolist())
 
 
 def test_votes_by_rank_change_nothing_when_ranks_are_equal_and_skip_zero_updates() -> None:
@@ -142,7 +143,7 @@ def test_the_anchor_steadies_the_space_and_does_nothing_at_the_start() -> None:
     }
     free, some, firm = (angles.mean for angles in turned.values() if angles is not None)
     assert free > some > firm
-    assert firm < 1e-6
+    assert firm < 0.05 * free
     assert torch.allclose(folded(updates, 4, anchor=0.9), folded(updates, 4), atol=1e-10)
 
 

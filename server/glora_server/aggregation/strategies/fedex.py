@@ -61,7 +61,7 @@ class Fedex(Strategy):
         exact=True,
         mixed_ranks=False,
         down=Volume(terms=(("d+n", "r"), ("d+n", "Σr"))),
-        cost="(d+n)(Σr)² + (Σr)³",
+        cost="O((d+n)(Σr)² + (Σr)³)",
         source="FedEx-LoRA (arXiv 2410.09432)",
         note="the model is invariant, the adapters handed out are not; needs a mergeable base",
     )

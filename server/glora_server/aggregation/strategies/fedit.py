@@ -35,7 +35,7 @@ class Fedit(Strategy):
     name = "fedit"
     summary = "FedAvg on the factors, zero-padded for mixed ranks; depends on the gauge, the usual baseline"
     properties = Properties(
-        gauge_invariant=False, exact=False, mixed_ranks=True, cost="N(d+n)r", source="FedIT (FederatedGPT-Shepherd)"
+        gauge_invariant=False, exact=False, mixed_ranks=True, cost="O(N(d+n)r)", source="FedIT (FederatedGPT-Shepherd)"
     )
     options: tuple[Option, ...] = ()
 

@@ -62,7 +62,7 @@ class Fedrot(Strategy):
         gauge_invariant=False,
         exact=False,
         mixed_ranks=False,
-        cost="N(d+n)r² + Nr³",
+        cost="O(N(d+n)r² + Nr³)",
         source="FedRot-LoRA (arXiv 2602.23638)",
         note="rotation = orthogonal is invariant to orthogonal gauges",
     )

@@ -49,7 +49,7 @@ class Fedsa(Strategy):
         mixed_ranks=False,
         up=ONLY_A,
         down=ONLY_A,
-        cost="Nrn",
+        cost="O(Nrn)",
         source="FedSA-LoRA (ICLR 2025)",
         note="no global model; B never leaves the device",
     )

@@ -55,7 +55,7 @@ class Fedsvd(Strategy):
         mixed_ranks=False,
         no_gauge=True,
         up=ONLY_B,
-        cost="Ndr, at a refresh + (d+n)r² + r³",
+        cost="O(Ndr), at a refresh + O((d+n)r² + r³)",
         source="FedSVD (NeurIPS 2025)",
     )
     options: tuple[Option, ...] = (

@@ -54,7 +54,7 @@ class Ffa(Strategy):
         no_gauge=True,
         up=ONLY_B,
         down=ONLY_B,
-        cost="Ndr",
+        cost="O(Ndr)",
         source="FFA-LoRA (arXiv 2403.12313), nested for mixed ranks",
     )
     options: tuple[Option, ...] = ()

@@ -30,7 +30,7 @@ class Flexlora(Strategy):
         gauge_invariant=True,
         exact=True,
         mixed_ranks=True,
-        cost="(d+n)(Σr)² + (Σr)³",
+        cost="O((d+n)(Σr)² + (Σr)³)",
         source="FlexLoRA (arXiv 2402.11505), factored",
         note="the tail beyond a device's rank decays each round",
     )

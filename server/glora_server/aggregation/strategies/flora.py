@@ -46,7 +46,7 @@ class Flora(Strategy):
         exact=True,
         mixed_ranks=True,
         down=Volume(terms=(("d+n", "Σr"),)),
-        cost="copies; (d+n)k² + k³ for telemetry, k the model's rank",
+        cost="copies; O((d+n)k² + k³) for a model of rank k",
         source="FLoRA (arXiv 2409.05976)",
         note="rank grows without bound; needs a mergeable base",
     )

@@ -31,7 +31,7 @@ class Florist(Strategy):
         gauge_invariant=True,
         exact=True,
         mixed_ranks=True,
-        cost="(d+n)(Σr)² + (Σr)³",
+        cost="O((d+n)(Σr)² + (Σr)³)",
         source="FLoRIST (arXiv 2506.09199)",
         note="exact for energy = 1",
     )

@@ -42,7 +42,7 @@ class Hetlora(Strategy):
         gauge_invariant=False,
         exact=False,
         mixed_ranks=True,
-        cost="N(d+n)(r² + R)",
+        cost="O(N(d+n)(r² + R))",
         source="HetLoRA (arXiv 2401.06432)",
         note="devices may shrink their rank",
     )

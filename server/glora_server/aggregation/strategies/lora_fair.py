@@ -45,7 +45,7 @@ class LoraFair(Strategy):
         gauge_invariant=False,
         exact=False,
         mixed_ranks=False,
-        cost="(d+n)(Σr)r, sgd + T·dr²",
+        cost="O((d+n)(Σr)r), sgd + O(T·dr²)",
         source="LoRA-FAIR (arXiv 2411.14961)",
         note="the best B for the averaged A, which is what depends on the gauge",
     )

@@ -35,7 +35,7 @@ class Raflora(Strategy):
         gauge_invariant=False,
         exact=False,
         mixed_ranks=True,
-        cost="(d+n)(Σr)² + (Σr)³",
+        cost="O((d+n)(Σr)² + (Σr)³)",
         source="raFLoRA (arXiv 2602.13486)",
         note="with equal ranks invariant and exact: the same as flexlora",
     )

@@ -55,7 +55,7 @@ class Rolora(Strategy):
         no_gauge=True,
         up=ONLY_B,
         down=ONLY_B,
-        cost="Ndr",
+        cost="O(Ndr)",
         source="RoLoRA (arXiv 2409.02346)",
         note="odd rounds move n·r instead of d·r",
     )
