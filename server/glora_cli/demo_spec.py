@@ -53,7 +53,7 @@ name = {_quoted(options.strategy)}
 [training]
 steps = {options.steps}
 batch_size = 16
-max_length = 64
+max_length = 48
 learning_rate = 3e-3
 warmup_ratio = 0.1
 
