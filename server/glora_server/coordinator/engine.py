@@ -163,8 +163,10 @@ class Engine:
 
     async def _pump_outbox(self) -> None:
         while True:
+            # Not wait_for: before Python 3.12 it forgets that it was cancelled when the nudge comes at that moment.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._nudge.wait(), _LOOK_AGAIN_SECONDS)
+                async with asyncio.timeout(_LOOK_AGAIN_SECONDS):
+                    await self._nudge.wait()
             self._nudge.clear()
             for owed in await self._pending():
                 if owed.id not in self._in_flight:

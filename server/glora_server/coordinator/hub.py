@@ -6,6 +6,7 @@ Everything here can be lost: devices say it again within seconds of a restart. U
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -46,9 +47,10 @@ class Signals:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._waiters.setdefault(key, set()).add(waiter)
             try:
-                await asyncio.wait_for(waiter, timeout)
-            except TimeoutError:
-                pass
+                # Not wait_for: before Python 3.12 it forgets that it was cancelled when the waiter is woken right then.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout):
+                        await waiter
             finally:
                 self._forget_waiter(key, waiter)
         return self.revision(key)
