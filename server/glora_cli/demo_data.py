@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -36,9 +37,7 @@ def split_rows(rows: Sequence[Row], devices: int, *, seed: int = SEED) -> Split:
     The same for the same rows in any order. Raises DATA_EMPTY when the rows do not suffice.
     """
     labels = tuple(sorted({row.label for row in rows}))
-    shuffled = sorted(set(rows))
-    generator = random.Random(seed)  # noqa: S311 - a shuffle that everybody can repeat
-    generator.shuffle(shuffled)
+    shuffled = sorted(set(rows), key=lambda row: (_lot(row, seed), row))
     held_out = int(len(shuffled) * HELD_OUT_SHARE)
     training = shuffled[held_out:]
     if len(training) < devices * FEWEST_ROWS or len(labels) < 2:
@@ -52,7 +51,7 @@ def split_rows(rows: Sequence[Row], devices: int, *, seed: int = SEED) -> Split:
         labels=labels,
         # By length: batches of equal texts need little padding, and the order does not matter to an accuracy.
         held_out=tuple(sorted(shuffled[: min(held_out, MAX_HELD_OUT)], key=lambda row: (len(row.text), row))),
-        devices=_deal(training, labels, devices, generator),
+        devices=_deal(training, labels, devices, random.Random(seed)),  # noqa: S311 - anybody can repeat it
     )
 
 
@@ -70,18 +69,21 @@ def _deal(
             end = round(len(ours) * sum_so_far / sum(shares))
             hand.extend(ours[start:end])
             start = end
-    for hand in hands:
-        generator.shuffle(hand)
     for poor in hands:
         while len(poor) < FEWEST_ROWS:
             poor.append(max(hands, key=len).pop())
     return tuple(map(tuple, hands))
 
 
+def _lot(row: Row, seed: int) -> bytes:
+    """The row's place in the shuffle: its own, so that a corpus with some other rows is dealt almost alike."""
+    return hashlib.sha256(f"{seed} {row.text}".encode()).digest()
+
+
 def read_rows(path: Path) -> tuple[Row, ...]:
     """Rows of a JSONL file with "text" and "label_name" or "label"; raises DATA_INVALID naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise _invalid(f"{path} cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
