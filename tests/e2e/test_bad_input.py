@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import numpy as np
@@ -160,9 +159,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
                 device.close()
 
 
-def play(
-    federation: Federation, devices: list[HandDevice], toml: str, manifest: dict[str, object]
-) -> Story:
+def play(federation: Federation, devices: list[HandDevice], toml: str, manifest: dict[str, object]) -> Story:
     federation.until_online("real")
     questions = {device.name: device.ask() for device in devices}
     federation.until_online(*questions)
@@ -231,9 +228,7 @@ def test_a_forged_update_is_rejected_with_one_reason_everywhere(story: Story, na
     noted = story.assignment(name)
     assert (noted.phase, noted.reason, noted.message) == ("rejected", told.reason, told.message)
     # the log
-    logged = [
-        event for event in story.federation.events("update_rejected") if event["assignment"] == told.assignment
-    ]
+    logged = [event for event in story.federation.events("update_rejected") if event["assignment"] == told.assignment]
     assert [(event["reason"], event["message"]) for event in logged] == [(told.reason, told.message)]
 
 
@@ -286,6 +281,9 @@ def test_nobody_else_may_use_an_assignment(story: Story) -> None:
 def test_a_connection_without_a_certificate_gets_no_answer(story: Story) -> None:
     port = story.federation.ports.grpc
     authority = (story.federation.state_dir("names") / "authority.pem").read_bytes()
-    with grpc.secure_channel(f"127.0.0.1:{port}", grpc.ssl_channel_credentials(authority)) as channel:
-        with pytest.raises(grpc.FutureTimeoutError):
-            grpc.channel_ready_future(channel).result(timeout=1.0)
+    credentials = grpc.ssl_channel_credentials(authority)
+    with (
+        grpc.secure_channel(f"127.0.0.1:{port}", credentials) as channel,
+        pytest.raises(grpc.FutureTimeoutError),
+    ):
+        grpc.channel_ready_future(channel).result(timeout=1.0)

@@ -175,7 +175,7 @@ def test_a_device_without_data(federation: Federation) -> None:
 
 def test_an_unknown_run(federation: Federation) -> None:
     for words in (["run", "show", "nosuch"], ["run", "abort", "nosuch"], ["run", "watch", "nosuch"]):
-        says(federation.admin(*words), 1, "nosuch")
+        says(federation.admin(*words), REFUSED, "There is no run 'nosuch'")
 
 
 def test_a_malformed_description_names_key_and_line(federation: Federation, tmp_path: Path) -> None:

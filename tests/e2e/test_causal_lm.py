@@ -16,9 +16,10 @@ CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tok
 
 
 def answers(countries: list[str]) -> list[dict[str, object]]:
-    return [
+    rows: list[dict[str, object]] = [
         {"instruction": "Name the capital.", "input": country, "response": CAPITALS[country]} for country in countries
-    ] * 4
+    ]
+    return rows * 4
 
 
 def test_instructions_are_learned_in_two_rounds(tmp_path: Path) -> None:

@@ -169,10 +169,7 @@ def accuracy_of(adapter: Path, held_out: Path) -> float:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     torch.set_num_threads(1)
     base = AutoModelForSequenceClassification.from_pretrained(str(minilm()), num_labels=len(labels()))
     model = PeftModel.from_pretrained(base, str(adapter)).eval()

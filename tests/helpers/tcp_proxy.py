@@ -5,32 +5,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Self
 
 _PIECE_BYTES: Final = 8192
-_NAP_SECONDS: Final = 0.02
 
 
 @dataclass(eq=False)
 class TcpProxy:
     """Passes bytes between `port` and the server's `target` port, in a thread of its own; a context manager.
 
-    Change its ways at any time: `rate` limits what goes up (bytes a second), `swallowing` passes nothing on while
-    connections stay open, `refusing` closes new ones at once, `cut` closes those that are open.
+    Change its ways at any time: `rate` limits what goes up (bytes a second), `swallow` passes nothing on while
+    connections stay open (until `pass_on`), `refusing` closes new ones at once, `cut` closes those that are open.
     """
 
     target: int
     rate: float | None = None
-    swallowing: bool = False
     refusing: bool = False
     bytes_up: int = 0
     bytes_down: int = 0
     port: int = 0
     _open: set[asyncio.StreamWriter] = field(default_factory=set)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
+    _passing: asyncio.Event = field(default_factory=asyncio.Event)
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -39,6 +37,7 @@ class TcpProxy:
         async def serve() -> None:
             server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
             self.port = server.sockets[0].getsockname()[1]
+            self._passing.set()
             ready.set()
 
         def work() -> None:
@@ -68,6 +67,14 @@ class TcpProxy:
                 writer.transport.abort()
 
         self._loop.call_soon_threadsafe(close)
+
+    def swallow(self) -> None:
+        """Take everything and pass nothing on."""
+        self._loop.call_soon_threadsafe(self._passing.clear)
+
+    def pass_on(self) -> None:
+        """Pass on again, first what was swallowed."""
+        self._loop.call_soon_threadsafe(self._passing.set)
 
     async def _end(self) -> None:
         tasks = [task for task in asyncio.all_tasks(self._loop) if task is not asyncio.current_task()]
@@ -102,18 +109,12 @@ class TcpProxy:
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, up: bool) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError):
             while data := await source.read(_PIECE_BYTES):
-                while self.swallowing:
-                    await asyncio.sleep(_NAP_SECONDS)
+                await self._passing.wait()
                 if up:
                     self.bytes_up += len(data)
-                    await self._throttle(len(data))
+                    await asyncio.sleep(len(data) / self.rate if self.rate else 0.0)
                 else:
                     self.bytes_down += len(data)
                 sink.write(data)
                 await sink.drain()
         sink.transport.abort()
-
-    async def _throttle(self, size: int) -> None:
-        begun = time.monotonic()
-        while self.rate is not None and time.monotonic() < begun + size / self.rate:
-            await asyncio.sleep(min(_NAP_SECONDS, size / self.rate))
