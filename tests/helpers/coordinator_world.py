@@ -155,6 +155,7 @@ class FakeAuthority:
         return hashlib.sha256(key.encode()).hexdigest()
 
     def issue(self, certificate_request_pem: str, device_id: str, name: str) -> IssuedCertificate:
+        self.key_of(certificate_request_pem)
         self.issued += 1
         pem = f"certificate {self.issued} of {device_id} {name}"
         return IssuedCertificate(pem=pem, serial=str(self.issued), expires_at=self._clock() + 1000.0)

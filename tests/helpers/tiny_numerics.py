@@ -130,6 +130,8 @@ class TinyNumerics(NumericsEngine):
 
     async def check_strategy(self, choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) -> Refusal | None:
         self._begin("check_strategy")
+        assert max_rank >= 1
+        assert mixed_ranks or max_rank == 1
         if choice.name != "glora":
             return Refusal(reason=Reason.STRATEGY_UNKNOWN, message=f"There is no strategy {choice.name!r}.")
         return None

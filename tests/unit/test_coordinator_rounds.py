@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from coordinator_world import EVALUATOR, MANIFEST, PROFILE, World, a_world
+from coordinator_world import EVALUATOR, MANIFEST, PROFILE, World, a_world, spec
 from tiny_numerics import tensor
 
 from glora_server.coordinator.messages import EvaluationRecord, WorkOffer
 from glora_server.coordinator.model import MetricPhase, Page
-from glora_server.rounds.assignment import AssignmentKind, AssignmentPhase
+from glora_server.coordinator.ports import UnitOfWork
+from glora_server.rounds.assignment import Assignment, AssignmentKind, AssignmentPhase
+from glora_server.rounds.ids import DeviceId, RunId
 from glora_server.rounds.round import DeadlinePassed, RoundPhase
 from glora_server.rounds.run import RunPhase
 from glora_wire.errors import GloraError, Reason, Refusal
@@ -298,7 +301,7 @@ async def test_the_last_device_is_waited_for_as_long_as_the_policy_says(world: W
     first, second = await world.phone("a"), await world.phone("b")
     run = await world.start_run(quorum=2, target_devices=3, gather_seconds=50.0)
     questions = asyncio.gather(first.ask(5.0), second.ask(5.0))
-    await world.until(run.id, lambda uow: "waiting 50 s for more" in world.now.hub.waiting.get(run.id, ""))
+    await world.until(run.id, lambda _: "waiting 50 s for more" in world.now.hub.waiting.get(run.id, ""))
     assert (await world.run()).waiting == "2 devices are ready; waiting 50 s for more."
     world.clock.now += 51.0
     world.now.opener.soon(run.id)
@@ -321,16 +324,22 @@ async def test_several_runs_do_not_share_a_device_at_a_time(world: World) -> Non
     for _ in range(2):
         offer = await phone.offer()
         done.add(offer.run.name)
-        busy = await world.read(lambda uow: uow.rounds.open_for(offer.assignment.device_id))
-        assert len(busy) == 1
+        me, run_id = offer.assignment.device_id, offer.run.id
+        assert len(await world.read(partial(_open_for, me))) == 1
         await phone.push(offer, phone.train(offer))
-        await world.until(offer.run.id, lambda uow: uow.runs.get(offer.run.id).phase is RunPhase.COMPLETED)
+        await world.until(run_id, partial(_is_complete, run_id))
     assert done == {one.name, two.name}
 
 
-async def test_a_manifest_of_another_task_is_refused(world: World) -> None:
-    from coordinator_world import spec
+def _open_for(device_id: DeviceId, uow: UnitOfWork) -> tuple[Assignment, ...]:
+    return uow.rounds.open_for(device_id)
 
+
+def _is_complete(run_id: RunId, uow: UnitOfWork) -> bool:
+    return uow.runs.get(run_id).phase is RunPhase.COMPLETED
+
+
+async def test_a_manifest_of_another_task_is_refused(world: World) -> None:
     wrong = spec(model={"task": "causal_lm", "labels": []})
     with pytest.raises(GloraError) as caught:
         await world.now.commands.create_run("admin", wrong, MANIFEST, start=False)
