@@ -334,7 +334,7 @@ class World:
     async def quiet(self) -> None:
         """Wait until nothing is owed any more."""
         async with asyncio.timeout(PATIENCE):
-            while await self.owed():
+            while await self.owed():  # noqa: ASYNC110 - the outbox is a table: it cannot be waited for
                 await asyncio.sleep(0)
 
     async def token(self, **changes: Any) -> JoinToken:
@@ -461,6 +461,13 @@ class Phone:
         await self.world.now.devices.accepted(await self.me(), offer.assignment.id)
         await self.pull(offer)
         return await self.push(offer, self.train(offer, value=value, rows=rows))
+
+
+async def eventually(check: Callable[[], bool]) -> None:
+    """Let everything else run until `check` holds."""
+    async with asyncio.timeout(PATIENCE):
+        while not check():  # noqa: ASYNC110 - what is waited for is inside of what is tested
+            await asyncio.sleep(0)
 
 
 @contextlib.asynccontextmanager

@@ -107,10 +107,8 @@ class TinyNumerics(NumericsEngine):
             return CheckResult(refusal=refusal, norm=None, module_norms={})
         norms = {name: float(np.linalg.norm(_delta(tensors, name, scale))) for name, scale in job.scales.items()}
         norm = float(np.sqrt(sum(value**2 for value in norms.values())))
-        refusal = None
-        if 0 < job.max_norm < norm:
-            refusal = Refusal(reason=Reason.NORM_TOO_LARGE, message=f"The update's norm is {norm:g}.")
-        return CheckResult(refusal=refusal, norm=norm, module_norms=norms)
+        large = Refusal(reason=Reason.NORM_TOO_LARGE, message=f"The update's norm is {norm:g}.")
+        return CheckResult(refusal=large if 0 < job.max_norm < norm else None, norm=norm, module_norms=norms)
 
     async def aggregate(self, job: AggregateJob) -> tuple[AggregatedPart, ...]:
         self._begin("aggregate")
@@ -148,7 +146,7 @@ def tensor(part: StatePart, name: str) -> Array:
 
 
 def _module(name: str, delta: Array, rank: int) -> StatePart:
-    u, sigma, a = np.linalg.svd(delta, full_matrices=False)
+    u, sigma, a = (values.astype(np.float32) for values in np.linalg.svd(delta, full_matrices=False))
     live = min(rank, int((sigma > 1e-6).sum()))
     tensors = {"u": u[:, :live] * sigma[:live], "a": a[:live], "sigma": sigma[:live]}
     return StatePart(name=name, kind=TensorKind.MODULE, tensors={key: _record(v) for key, v in tensors.items()})
@@ -163,7 +161,7 @@ def _rendered(part: StatePart, rank: int, scale: float) -> dict[str, Array]:
         return {dense_key(part.name): tensor(part, "value")}
     u, a = tensor(part, "u"), tensor(part, "a")
     live = min(rank, u.shape[1])
-    b_out = np.zeros((u.shape[0], rank), np.float32)
+    b_out: Array = np.zeros((u.shape[0], rank), np.float32)
     a_out = np.zeros((rank, a.shape[1]), np.float32)
     b_out[:, :live] = u[:, :live] / scale
     a_out[:live] = a[:live]
@@ -171,7 +169,7 @@ def _rendered(part: StatePart, rank: int, scale: float) -> dict[str, Array]:
 
 
 def _delta(tensors: dict[str, Array], module: str, scale: float) -> Array:
-    product: Array = np.float32(scale) * tensors[lora_key(module, "B")] @ tensors[lora_key(module, "A")]
+    product: Array = (scale * tensors[lora_key(module, "B")] @ tensors[lora_key(module, "A")]).astype(np.float32)
     return product
 
 

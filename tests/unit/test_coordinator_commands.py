@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coordinator_world import EVALUATOR, MANIFEST, PATIENCE, PROFILE, World, a_world, spec
+from coordinator_world import EVALUATOR, MANIFEST, PATIENCE, PROFILE, World, a_world, eventually, spec
 from tiny_numerics import read_tensors
 
+from glora_server.coordinator.exports import Flavour
 from glora_server.coordinator.model import Page
 from glora_server.rounds.assignment import AssignmentPhase
 from glora_server.rounds.round import DeadlinePassed, RoundPhase
@@ -46,8 +47,7 @@ async def test_a_revoked_device_is_out_at_once(world: World) -> None:
 async def test_an_open_question_of_a_revoked_device_ends_with_the_reason(world: World) -> None:
     phone = await world.phone("a", profile=replace(PROFILE, run_name="none"))
     asking = asyncio.create_task(phone.ask(60.0))
-    while not world.now.hub.signals._waiters:
-        await asyncio.sleep(0)
+    await eventually(lambda: bool(world.now.hub.signals._waiters))
     await world.now.commands.revoke_device("admin", "a")
     with pytest.raises(GloraError) as caught:
         await asyncio.wait_for(asking, PATIENCE)
@@ -99,8 +99,7 @@ async def test_a_higher_rank_lets_a_waiting_round_open(world: World) -> None:
     phone = await world.phone("a", rank=1)
     await world.start_run(min_rank=2)
     asking = asyncio.create_task(phone.offer())
-    while not world.now.hub.signals._waiters:
-        await asyncio.sleep(0)
+    await eventually(lambda: bool(world.now.hub.signals._waiters))
     await world.now.commands.set_device_rank("admin", "a", 2)
     assert (await asking).assignment.rank == 2
 
@@ -237,7 +236,7 @@ async def test_a_name_is_taken_once(world: World) -> None:
 
 @pytest.mark.parametrize(("flavour", "rank", "shape", "pattern"), [("peft", 4, 1, True), ("serving", 4, 4, False)])
 async def test_an_export_is_a_peft_folder(
-    world: World, tmp_path: Path, flavour: str, rank: int, shape: int, *, pattern: bool
+    world: World, tmp_path: Path, flavour: Flavour, rank: int, shape: int, *, pattern: bool
 ) -> None:
     phone = await world.phone("a")
     run = await world.start_run(rounds=1)
@@ -249,7 +248,7 @@ async def test_an_export_is_a_peft_folder(
         rank=rank,
         version_number=None,
         flavour=flavour,
-        folder=tmp_path / "out",  # type: ignore[arg-type]
+        folder=tmp_path / "out",
     )
     assert sorted(path.name for path in record.folder.iterdir()) == sorted(record.files)
     config = json.loads((record.folder / "adapter_config.json").read_text())
@@ -286,7 +285,8 @@ async def test_a_dropped_version_cannot_be_exported_and_leaves_no_blobs(world: W
         await phone.work()
         await world.until(run.id, lambda uow, n=number: uow.runs.get(run.id).rounds_done == n)  # type: ignore[misc]
     await world.quiet()
-    for flavour in ("peft", "serving"):
+    flavours: tuple[Flavour, ...] = ("peft", "serving")
+    for flavour in flavours:
         with pytest.raises(GloraError) as caught:
             await world.now.commands.export(
                 "eve",
@@ -294,12 +294,10 @@ async def test_a_dropped_version_cannot_be_exported_and_leaves_no_blobs(world: W
                 rank=4,
                 version_number=0,
                 flavour=flavour,
-                folder=tmp_path / "out",  # type: ignore[arg-type]
+                folder=tmp_path / "out",
             )
         assert caught.value.reason is Reason.VERSION_UNKNOWN
-    async with asyncio.timeout(PATIENCE):
-        while list(world.blobs.stored()):
-            await asyncio.sleep(0)
+    await eventually(lambda: not list(world.blobs.stored()))
 
 
 async def test_devices_that_ask_together_share_one_rendering(world: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         yield made
 
 
-async def two_at_work(world: World, **policy: object) -> tuple[Run, list[Phone], list[WorkOffer], list[Trained]]:
+async def two_at_work(world: World, **policy: Any) -> tuple[Run, list[Phone], list[WorkOffer], list[Trained]]:
     """A run of one round whose two devices have trained; their mean has 3.0 in its first entry."""
     phones = [await world.phone("a"), await world.phone("b")]
     run = await world.start_run(**({"quorum": 2, "rounds": 1} | policy))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from coordinator_world import MANIFEST, PROFILE, config, payload, spec
+from coordinator_world import MANIFEST, PROFILE, config, eventually, payload, spec
 from round_cases import Driver, offered, planned
 from storage_records import measurement, run
 from tiny_numerics import Array
@@ -46,8 +46,7 @@ async def test_a_change_between_reading_and_waiting_is_not_missed() -> None:
 async def test_everyone_who_waits_is_woken_and_nothing_is_left() -> None:
     signals = Signals()
     waiting = [asyncio.create_task(signals.wait("key", 0, 60.0)) for _ in range(3)]
-    while len(signals._waiters.get("key", ())) < 3:
-        await asyncio.sleep(0)
+    await eventually(lambda: len(signals._waiters.get("key", ())) >= 3)
     signals.forget("key")
     signals.notify("key")
     assert await asyncio.gather(*waiting) == [1, 1, 1]
@@ -60,8 +59,7 @@ async def test_a_wait_without_a_change_ends_and_one_that_is_cancelled_leaves_not
     signals = Signals()
     assert await signals.wait("key", 0, 0.0) == 0
     task = asyncio.create_task(signals.wait("key", 0, 60.0))
-    while not signals._waiters:
-        await asyncio.sleep(0)
+    await eventually(lambda: bool(signals._waiters))
     task.cancel()
     assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)
     assert signals._waiters == {}
@@ -70,8 +68,7 @@ async def test_a_wait_without_a_change_ends_and_one_that_is_cancelled_leaves_not
 async def test_a_wait_that_is_woken_and_cancelled_at_once_is_cancelled() -> None:
     signals = Signals()
     task = asyncio.create_task(signals.wait("key", 0, 60.0))
-    while not signals._waiters:
-        await asyncio.sleep(0)
+    await eventually(lambda: bool(signals._waiters))
     signals.notify("key")
     task.cancel()
     assert isinstance((await asyncio.gather(task, return_exceptions=True))[0], asyncio.CancelledError)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -248,7 +249,7 @@ async def test_updates_that_are_no_good_are_rejected_with_their_reason(world: Wo
     offers = dict(zip(names, await asyncio.gather(*(phone.offer() for phone in phones)), strict=True))
     phone = dict(zip(names, phones, strict=True))
 
-    async def reason(name: str, **changes: object) -> Reason | None:
+    async def reason(name: str, **changes: Any) -> Reason | None:
         value = {"nan": float("nan"), "norm": 1e6}.get(name, 1.0)
         trained = phone[name].train(offers[name], value=value, **changes)
         status = await phone[name].push(offers[name], trained)

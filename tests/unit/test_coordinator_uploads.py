@@ -7,16 +7,17 @@ import errno
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from coordinator_world import EVALUATOR, Phone, Trained, World, a_world
+from coordinator_world import EVALUATOR, Phone, Trained, World, a_world, eventually
 
 from glora_server.coordinator import upload_session
 from glora_server.coordinator.messages import UploadStatus, WorkOffer
 from glora_server.coordinator.spool import Spool
 from glora_server.coordinator.upload_session import UploadSession
 from glora_server.rounds.assignment import AssignmentPhase
-from glora_server.rounds.round import DeadlinePassed, RoundPhase
+from glora_server.rounds.round import DeadlinePassed, Round, RoundPhase
 from glora_wire.digests import digest_bytes
 from glora_wire.errors import GloraError, Reason
 
@@ -27,7 +28,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         yield made
 
 
-async def ready(world: World, **policy: object) -> tuple[Phone, WorkOffer, Trained]:
+async def ready(world: World, **policy: Any) -> tuple[Phone, WorkOffer, Trained]:
     phone = await world.phone("a")
     await world.start_run(**policy)
     offer = await phone.offer()
@@ -92,8 +93,7 @@ async def test_of_streams_that_wait_for_a_place_only_the_last_one_writes(tmp_pat
         blocker = await begun(other, elsewhere, other.train(elsewhere))
         first = asyncio.create_task(phone.stream(offer, trained))
         second = asyncio.create_task(phone.stream(offer, trained))
-        while len(world.now.uploads.places._waiters or ()) < 2:
-            await asyncio.sleep(0)
+        await eventually(lambda: len(world.now.uploads.places._waiters or ()) >= 2)
         await blocker.close()
         one = await first
         assert isinstance(one, UploadSession)
@@ -109,8 +109,7 @@ async def test_a_place_comes_back_however_a_stream_ends(tmp_path: Path) -> None:
         await refused(phone.stream(offer, trained, offset=7), Reason.OFFSET_INVALID)
         session = await begun(phone, offer, trained)
         hung = asyncio.create_task(phone.stream(offer, trained))
-        while not world.now.uploads.places._waiters:
-            await asyncio.sleep(0)
+        await eventually(lambda: bool(world.now.uploads.places._waiters))
         hung.cancel()
         await asyncio.gather(hung, return_exceptions=True)
         await session.close()
@@ -250,7 +249,7 @@ async def test_a_whole_update_that_comes_too_late_is_discarded_and_not_kept(worl
     assert list(world.workspace.spool.iterdir()) == []
 
 
-def _expired(round_):  # type: ignore[no-untyped-def]
+def _expired(round_: Round) -> Round:
     closed = tuple(
         replace(a, phase=AssignmentPhase.EXPIRED, reason=Reason.ROUND_CLOSED, message="Over.", closed_at=1.0)
         for a in round_.assignments
@@ -264,8 +263,7 @@ async def test_a_device_that_hangs_up_after_its_last_byte_is_counted(world: Worl
     session = await begun(phone, offer, trained)
     await session.chunk(0, trained.data)
     finishing = asyncio.create_task(session.finish(trained.header.digest))
-    while session._working is None or session._working.done():
-        await asyncio.sleep(0)
+    await eventually(lambda: session._working is not None and not session._working.done())
     finishing.cancel()
     await asyncio.gather(finishing, return_exceptions=True)
     await session.close()
