@@ -262,6 +262,10 @@ async def test_an_export_is_a_peft_folder(
     expected[0, 0] = 3.0
     np.testing.assert_allclose(b @ a, expected, atol=1e-6)
     assert "| 1 | yes |" in (record.folder / "README.md").read_text()
+    with pytest.raises(GloraError, match="holds an adapter already"):
+        await world.now.commands.export(
+            "eve", "first", rank=rank, version_number=None, flavour=flavour, folder=tmp_path / "out"
+        )
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ class Exporter:
     async def export(
         self, run_name: str, *, rank: int, version_number: int | None, flavour: Flavour, folder: Path
     ) -> ExportRecord:
-        """Write the adapter into `folder`, which must not hold one; raises VERSION_UNKNOWN, RANK_WRONG, …"""
+        """Write the adapter into `folder`, which must not hold one; raises VERSION_UNKNOWN, RANK_WRONG, REQUEST_INVALID."""
         run, version = await self.store.read(partial(_find, run_name, version_number))
         spec = RunSpec.from_json(run.spec_json)
         if not 1 <= rank <= spec.lora.max_rank:
@@ -48,6 +48,10 @@ class Exporter:
                 Reason.RANK_WRONG,
                 f"Run {run.name} holds rank {spec.lora.max_rank}; an export has rank 1 to {spec.lora.max_rank}.",
                 rank=rank,
+            )
+        if await asyncio.to_thread((folder / WEIGHTS).exists):
+            raise GloraError(
+                Reason.REQUEST_INVALID, f"{folder} holds an adapter already; name another folder or remove it."
             )
         await asyncio.to_thread(partial(folder.mkdir, parents=True, exist_ok=True))
         ranks = dict.fromkeys((module.name for module in run.manifest.modules), rank)
