@@ -128,9 +128,9 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: signa
     ) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
-            if "joined with one token" in line:
+            if "joined with one token and at work" in line:
                 break
-        assert len(_processes_with(str(folder))) >= 3
+        assert len(_processes_with(str(folder))) >= 4, "a server, two devices and one that evaluates"
         demo.send_signal(number)
         assert demo.wait(20) == code
         assert demo.stderr is not None
@@ -146,7 +146,7 @@ def test_a_killed_demo_takes_its_processes_along(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, env=_environment(folder), stdout=subprocess.PIPE, text=True) as demo:
         assert demo.stdout is not None
         for line in demo.stdout:
-            if "joined with one token" in line:
+            if "joined with one token and at work" in line:
                 break
         demo.kill()
     assert _none_left(str(folder), within=20.0)

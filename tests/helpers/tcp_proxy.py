@@ -29,13 +29,14 @@ class TcpProxy:
     _open: set[asyncio.StreamWriter] = field(default_factory=set)
     _loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.new_event_loop)
     _passing: asyncio.Event = field(default_factory=asyncio.Event)
+    _server: asyncio.Server | None = None
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         ready = threading.Event()
 
         async def serve() -> None:
-            server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
+            server = self._server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
             self.port = server.sockets[0].getsockname()[1]
             self._passing.set()
             ready.set()
@@ -77,13 +78,15 @@ class TcpProxy:
         self._loop.call_soon_threadsafe(self._passing.set)
 
     async def _end(self) -> None:
+        assert self._server is not None
+        self._server.close()
         tasks = [task for task in asyncio.all_tasks(self._loop) if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for writer in list(self._open):
             writer.transport.abort()
-        await asyncio.sleep(0)
+        await asyncio.sleep(0.05)  # sockets are closed in later turns of the loop
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self.refusing:
