@@ -28,9 +28,8 @@ from glora_server.security.admin_token import read_admin_token
 from glora_wire.errors import GloraError, Reason
 
 EVALUATOR: Final = "evaluator"
-_START_SECONDS: Final = 120.0
-_JOIN_SECONDS: Final = 120.0
-_EXPORT_SECONDS: Final = 300.0
+_COMMAND_SECONDS: Final = 300.0
+"""For what takes seconds on a machine that has nothing else to do."""
 _LOOK_SECONDS: Final = 0.25
 _WAIT_SECONDS: Final = 2.0
 """How long the server keeps a question about the run open; processes are looked after in between."""
@@ -60,7 +59,7 @@ class Federation:
             creating = self._create_run(split)
             self._join(api, split)
             self._start_devices(split)
-            self._processes.finish([creating], _START_SECONDS)
+            self._processes.finish([creating], _COMMAND_SECONDS)
             self._view.say(f"run {RUN_NAME!r} started: {self._options.rounds} rounds of {self._options.strategy}")
             run = self._follow(api)
             traffic = self._traffic()
@@ -95,10 +94,11 @@ class Federation:
         )
         (self._data_dir / "glora.toml").write_text(settings, encoding="utf-8")
         self._url = f"http://{HOST}:{port}"
-        server = self._processes.start("server", "server", "--data-dir", str(self._data_dir))
+        server = self._processes.start("server", "server", "--data-dir", str(self._data_dir), lasts=True)
         with httpx2.Client(base_url=self._url, trust_env=False, timeout=2.0) as http:
-            self._processes.wait_until(lambda: _answers(http), "Starting the server", _START_SECONDS, server)
-        self._view.say(f"server is up: {self._url} (gRPC with mutual TLS for devices, SQLite)")
+            self._processes.wait_until(lambda: _answers(http), "Starting the server", _COMMAND_SECONDS, server)
+        self._view.say(f"server is up: {self._url} for people, gRPC with mutual TLS for devices")
+        self._view.say(f"from another terminal: glora run watch {RUN_NAME} {' '.join(self._server())}")
 
     def _join(self, api: Api, split: Split) -> None:
         """Enrol all devices at once, with one token."""
@@ -119,17 +119,18 @@ class Federation:
             )
             for name, rank in ranks.items()
         ]
-        self._processes.finish(joining, _JOIN_SECONDS)
-        listed = ", ".join(f"{name} (rank {rank})" for name, rank in ranks.items() if name != EVALUATOR)
-        self._view.say(f"joined with one token: {listed} and {EVALUATOR}")
+        self._processes.finish(joining, _COMMAND_SECONDS)
 
     def _start_devices(self, split: Split) -> None:
         model = ("--model", str(self._options.model), "--threads", "1")
         for name in self._names()[: len(split.devices)]:
             rows = ("--data", str(self._rows_of(name)))
-            self._processes.start(name, "client", "run", *model, *rows, *self._state_of(name))
+            self._processes.start(name, "client", "run", *model, *rows, *self._state_of(name), lasts=True)
         held_out = ("--evaluate-only", "--eval-data", str(self._rows_of(EVALUATOR)))
-        self._processes.start(EVALUATOR, "client", "run", *model, *held_out, *self._state_of(EVALUATOR))
+        self._processes.start(EVALUATOR, "client", "run", *model, *held_out, *self._state_of(EVALUATOR), lasts=True)
+        ranks = zip(self._names(), self._options.ranks, strict=True)
+        listed = ", ".join(f"{name} (rank {rank})" for name, rank in ranks)
+        self._view.say(f"joined with one token and at work: {listed} and {EVALUATOR}")
 
     def _create_run(self, split: Split) -> Child:
         spec = self._folder / "run.toml"
@@ -179,7 +180,7 @@ class Federation:
         exporting = self._processes.start(
             "export", "export", RUN_NAME, "--rank", rank, "--out", str(adapter), *self._server()
         )
-        self._processes.finish([exporting], _EXPORT_SECONDS)
+        self._processes.finish([exporting], _COMMAND_SECONDS)
 
     def _report(self, run: RunAnswer, split: Split, traffic: Traffic, adapter: Path, *, kept: bool) -> Report:
         options = self._options

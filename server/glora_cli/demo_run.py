@@ -31,6 +31,14 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    lasts: bool
+    """It is to run until it is stopped, so that any end of it is a failure."""
+
+    @property
+    def failed(self) -> bool:
+        """It ended, and not as it should have."""
+        code = self.process.poll()
+        return code is not None and (self.lasts or code != 0)
 
     @property
     def tail(self) -> str:
@@ -55,8 +63,8 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def start(self, name: str, *arguments: str) -> Child:
-        """Start `glora ARGUMENTS` and let it run; it writes to NAME.log."""
+    def start(self, name: str, *arguments: str, lasts: bool = False) -> Child:
+        """Start `glora ARGUMENTS` and let it run (`lasts`: until it is stopped); it writes to NAME.log."""
         log = self._logs / f"{name}.log"
         with log.open("ab") as output:
             process = subprocess.Popen(  # noqa: S603 - our own commands
@@ -67,7 +75,7 @@ class Processes:
                 env=child_environment(os.environ),
                 process_group=0,  # a terminal's Ctrl-C is for the demo, which ends its children in order
             )
-        child = Child(name, process, log)
+        child = Child(name, process, log, lasts)
         self._children.append(child)
         return child
 
@@ -76,13 +84,13 @@ class Processes:
         deadline = time.monotonic() + within
         for child in children:
             while child.process.poll() is None:
-                self.check(but=children)
+                self.check()
                 if time.monotonic() > deadline:
                     raise failure(f"{child.name} was not done after {within:.0f} s", child)
                 time.sleep(_POLL_SECONDS)
+        self.check()
+        for child in children:
             self._children.remove(child)
-            if child.process.returncode != 0:
-                raise failure(f"{child.name} failed (exit code {child.process.returncode})", child)
 
     def wait_until(self, ready: Callable[[], bool], what: str, within: float, child: Child) -> None:
         """Wait until `ready` answers yes; raises INTERNAL with the log of `child` when it does not in time."""
@@ -93,11 +101,12 @@ class Processes:
                 raise failure(f"{what} took longer than {within:.0f} s", child)
             time.sleep(_POLL_SECONDS)
 
-    def check(self, but: Sequence[Child] = ()) -> None:
-        """Raise INTERNAL with the log of a process that has ended although it should not have."""
+    def check(self) -> None:
+        """Raise INTERNAL with the log of a process that has failed, or has ended although it was to last."""
         for child in self._children:
-            if child not in but and child.process.poll() is not None:
-                raise failure(f"{child.name} ended unexpectedly (exit code {child.process.returncode})", child)
+            if child.failed:
+                what = "ended unexpectedly" if child.lasts else "failed"
+                raise failure(f"{child.name} {what} (exit code {child.process.returncode})", child)
 
     def stop(self) -> None:
         """End every process that is left, politely first."""

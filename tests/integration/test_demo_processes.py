@@ -20,6 +20,14 @@ def test_a_command_is_waited_for(tmp_path: Path) -> None:
     assert child.log.read_text().startswith("glora ")
 
 
+def test_a_command_may_end_while_others_are_waited_for(tmp_path: Path) -> None:
+    with Processes(tmp_path) as processes:
+        first, second = processes.start("first", "--version"), processes.start("second", "--version")
+        first.process.wait()
+        processes.finish([second], within=30.0)
+        processes.finish([first], within=30.0)
+
+
 def test_a_failing_command_shows_the_end_of_its_log(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes, pytest.raises(GloraError) as caught:
         processes.finish([processes.start("wrong", "no-such-command")], within=30.0)
@@ -30,14 +38,14 @@ def test_a_failing_command_shows_the_end_of_its_log(tmp_path: Path) -> None:
 
 def test_a_process_that_ends_by_itself_is_noticed_while_others_are_waited_for(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes:
-        server = processes.start("server", "server", "--data-dir", "/proc/nowhere")
+        server = processes.start("server", "server", "--data-dir", "/proc/nowhere", lasts=True)
         with pytest.raises(GloraError, match="server ended unexpectedly"):
             processes.wait_until(lambda: False, "Nothing", within=30.0, child=server)
 
 
 def test_what_takes_too_long_is_told(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes:
-        child = processes.start("server", "server", "--data-dir", str(_server_folder(tmp_path)))
+        child = processes.start("server", "server", "--data-dir", str(_server_folder(tmp_path)), lasts=True)
         with pytest.raises(GloraError, match="Starting it took longer than 0 s"):
             processes.wait_until(lambda: False, "Starting it", within=0.0, child=child)
 
@@ -45,7 +53,9 @@ def test_what_takes_too_long_is_told(tmp_path: Path) -> None:
 def test_all_processes_end_together_and_soon(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes:
         children = [
-            processes.start(f"server-{number}", "server", "--data-dir", str(_server_folder(tmp_path / str(number))))
+            processes.start(
+                f"s{number}", "server", "--data-dir", str(_server_folder(tmp_path / f"{number}")), lasts=True
+            )
             for number in range(2)
         ]
         started = time.monotonic()
