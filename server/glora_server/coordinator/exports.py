@@ -40,7 +40,7 @@ class Exporter:
     async def export(
         self, run_name: str, *, rank: int, version_number: int | None, flavour: Flavour, folder: Path
     ) -> ExportRecord:
-        """Write the adapter into `folder`, which must not hold one; raises VERSION_UNKNOWN, RANK_WRONG, REQUEST_INVALID."""
+        """Write the adapter into `folder`, which must not hold one; raises RANK_WRONG, VERSION_UNKNOWN, …"""
         run, version = await self.store.read(partial(_find, run_name, version_number))
         spec = RunSpec.from_json(run.spec_json)
         if not 1 <= rank <= spec.lora.max_rank:
