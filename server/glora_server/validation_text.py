@@ -6,7 +6,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, LiteralString, NoReturn
+from typing import Final, LiteralString, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
@@ -131,8 +131,17 @@ def known_keys(model: type[BaseModel], location: Location) -> list[str]:
     """Names that may stand under `location` of `model`; empty where the location leads to no section."""
     current = model
     for part in location:
-        field = current.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        if isinstance(part, int):
+            continue  # an item of a list: `current` is the section that its items are
+        field = current.model_fields.get(part)
+        section = None if field is None else _section_of(field.annotation)
+        if section is None:
             return []
-        current = field.annotation
+        current = section
     return list(current.model_fields)
+
+
+def _section_of(annotation: object) -> type[BaseModel] | None:
+    """The section that a field is, or that the items of its list are; None for everything else."""
+    kind = get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None

@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from typing import Final, Self
+from typing import Final, Self, TypeVar
 
 from pydantic import Field, ValidationError
 
@@ -38,8 +38,10 @@ __all__ = [
     "TrainingSpec",
     "WireSpec",
     "parse_run_toml",
+    "parse_toml",
 ]
 
+Described = TypeVar("Described", bound=Section)
 MAX_SPEC_CHARACTERS: Final = 1_000_000
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TOML_PLACE: Final = re.compile(r"^(?P<what>.*) \(at (?:line (?P<line>\d+), column (?P<column>\d+)|end of document)\)$")
@@ -113,6 +115,11 @@ class RunSpec(Section):
 
 def parse_run_toml(text: str, source: str = "run.toml") -> RunSpec:
     """The run that a TOML document describes; raises SPEC_INVALID with a line for every problem."""
+    return parse_toml(text, RunSpec, source)
+
+
+def parse_toml(text: str, kind: type[Described], source: str) -> Described:
+    """What a TOML document describes, as a `kind`; raises SPEC_INVALID with a line for every problem."""
     if len(text) > MAX_SPEC_CHARACTERS:
         raise _invalid([f"{source}: must not be longer than {MAX_SPEC_CHARACTERS} characters."])
     try:
@@ -122,9 +129,9 @@ def parse_run_toml(text: str, source: str = "run.toml") -> RunSpec:
     except RecursionError:
         raise _invalid([f"{source}: is nested too deeply."]) from None
     try:
-        return RunSpec.model_validate_json(_json(document))
+        return kind.model_validate_json(_json(document))
     except ValidationError as error:
-        problems = problems_of(error, RunSpec)
+        problems = problems_of(error, kind)
     lines = key_lines(text)
     placed = [(line_of(lines, problem.location), problem) for problem in problems]
     placed.sort(key=lambda pair: pair[0] or 0)
