@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import json
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tiny_numerics import Array, Fuse, TinyNumerics, read_tensors
+from coordinator_fakes import BreakableStore, Clock, FakeAuthority, FolderBlobs
+from tiny_numerics import Array, TinyNumerics, read_tensors
 
 from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.commands import Commands
@@ -38,7 +38,7 @@ from glora_server.coordinator.messages import (
 from glora_server.coordinator.model import Device, Owed, Profile, Run
 from glora_server.coordinator.observer import NobodyWatches
 from glora_server.coordinator.opening import Opener
-from glora_server.coordinator.ports import IssuedCertificate, UnitOfWork
+from glora_server.coordinator.ports import UnitOfWork
 from glora_server.coordinator.queries import Queries
 from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.run_spec import RunSpec
@@ -52,14 +52,12 @@ from glora_server.rounds.assignment import AssignmentKind
 from glora_server.rounds.ids import RunId
 from glora_server.rounds.round import Round
 from glora_server.storage.store import SqlStore
-from glora_wire.digests import Digest, digest_bytes
-from glora_wire.errors import GloraError, Reason
+from glora_wire.digests import digest_bytes
 from glora_wire.join_token import JoinToken
 from glora_wire.manifest import BaseInit, DenseTensor, Manifest, ModuleShape, ZerosInit
 from glora_wire.payload import PayloadWriter, TensorDtype, TensorSpec
 
 T = TypeVar("T")
-START = 1_800_000_000.0
 PATIENCE = 10.0
 """Seconds until a wait that should end at once fails its test."""
 FINGERPRINT = "ab" * 32
@@ -97,90 +95,6 @@ def spec(name: str = "first", **changes: Any) -> RunSpec:
         else:
             policy[key] = value
     return RunSpec.from_json(json.dumps(document | {"policy": policy}))
-
-
-class Clock:
-    """Unix time that stands still until a test moves it."""
-
-    def __init__(self) -> None:
-        self.now = START
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class FolderBlobs:
-    """Blobs in a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def _path(self, digest: Digest) -> Path:
-        return self.folder / digest.text
-
-    def adopt(self, path: Path, digest: Digest) -> None:
-        path.replace(self._path(digest))
-
-    @contextlib.contextmanager
-    def local(self, digest: Digest) -> Iterator[Path]:
-        if not self.exists(digest):
-            raise FileNotFoundError(digest.text)
-        yield self._path(digest)
-
-    def exists(self, digest: Digest) -> bool:
-        return self._path(digest).exists()
-
-    def delete(self, digest: Digest) -> None:
-        self._path(digest).unlink(missing_ok=True)
-
-    def stored(self) -> Iterable[Digest]:
-        return [Digest.parse(path.name) for path in sorted(self.folder.iterdir())]
-
-
-class FakeAuthority:
-    """Certificates of plain text; a request is "csr KEY"."""
-
-    certificate_pem = "the authority"
-    pin = "cd" * 32
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self.issued = 0
-
-    def key_of(self, certificate_request_pem: str) -> str:
-        word, _, key = certificate_request_pem.partition(" ")
-        if word != "csr":
-            raise GloraError(Reason.CSR_INVALID, "That is not a request.")
-        return hashlib.sha256(key.encode()).hexdigest()
-
-    def issue(self, certificate_request_pem: str, device_id: str, name: str) -> IssuedCertificate:
-        self.key_of(certificate_request_pem)
-        self.issued += 1
-        pem = f"certificate {self.issued} of {device_id} {name}"
-        return IssuedCertificate(pem=pem, serial=str(self.issued), expires_at=self._clock() + 1000.0)
-
-
-class BreakableStore:
-    """The store, with the end of the process before or after the next write of some work, by its function's name."""
-
-    def __init__(self, inner: SqlStore, fuse: Fuse) -> None:
-        self._inner = inner
-        self._fuse = fuse
-        self.crash_before = ""
-        self.crash_after = ""
-
-    async def write(self, work: Callable[[UnitOfWork], T]) -> T:
-        name = getattr(getattr(work, "func", work), "__name__", "")
-        if name == self.crash_before:
-            self._fuse.blow(name)
-        result = await self._inner.write(work)
-        if name == self.crash_after:
-            self._fuse.blow(name)
-        return result
-
-    async def read(self, work: Callable[[UnitOfWork], T]) -> T:
-        return await self._inner.read(work)
 
 
 @dataclass(kw_only=True)

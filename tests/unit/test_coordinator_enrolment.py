@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from coordinator_world import START, World, a_world
+from coordinator_fakes import START
+from coordinator_world import World, a_world
 
 from glora_server.coordinator.model import DeviceState, Page
 from glora_wire.errors import GloraError, Reason
