@@ -1,6 +1,6 @@
 """Rounds that abide by each strategy's client contract, drawn from seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +12,7 @@ from glora_server.aggregation import (
     AggregationResult,
     ClientUpdate,
     LayerState,
+    OptionValue,
     TrainMask,
     UploadSet,
     aggregate_with_options,
@@ -25,7 +26,7 @@ D, N = 20, 16
 EQUAL = (4, 4, 4)
 MIXED = (2, 4, 3)
 
-START_RULE = {"glora": {"rule": "replace"}}
+START_RULE: Mapping[str, Mapping[str, OptionValue]] = {"glora": {"rule": "replace"}}
 """Options that let a strategy work on uploads alone."""
 
 
@@ -75,10 +76,11 @@ def fold(
     state: LayerState | None = None,
     rank: int = 12,
     round_index: int = 0,
-    **options: str | float,
+    options: Mapping[str, OptionValue] | None = None,
+    **more: OptionValue,
 ) -> AggregationResult:
     """`aggregate` with options that need no history unless others are given."""
-    given = {**START_RULE.get(name, {}), **options}
+    given = {**START_RULE.get(name, {}), **(options or {}), **more}
     return aggregate_with_options(name, state, updates, rank=rank, options=given, round_index=round_index)
 
 

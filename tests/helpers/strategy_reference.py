@@ -46,15 +46,17 @@ def procrustes(m: Tensor, *, determinant: int | None = None) -> Tensor:
     if determinant is not None:
         fix = torch.eye(len(m), dtype=m.dtype)
         fix[-1, -1] = determinant * torch.sign(torch.linalg.det(u) * torch.linalg.det(vh))
-        return u @ fix @ vh
-    return u @ vh
+        vh = fix @ vh
+    turn: Tensor = u @ vh
+    return turn
 
 
 def soft_rotation(m: Tensor, strength: float) -> Tensor:
     """polar((1 − λ)I + λR), the polar factor from X(XᵀX)^(−1/2)."""
     x = (1 - strength) * torch.eye(len(m), dtype=m.dtype) + strength * procrustes(m, determinant=1)
     values, vectors = torch.linalg.eigh(x.T @ x)
-    return x @ vectors @ torch.diag(values**-0.5) @ vectors.T
+    turn: Tensor = x @ vectors @ torch.diag(values**-0.5) @ vectors.T
+    return turn
 
 
 def fedrot(
@@ -71,14 +73,16 @@ def fedrot(
             r = procrustes(m, determinant=1) if rotation == "special" else soft_rotation(m, strength)
         turned.append(ClientUpdate(b @ r, r.T @ a, u.scale, u.weight))
     b, a = padded_average(turned, shares(updates), updates[0].rank)
-    return b @ a
+    product: Tensor = b @ a
+    return product
 
 
 def hetlora(updates: Sequence[ClientUpdate], rank: int) -> Tensor:
     """Zero-padded factors, weights by the dense Frobenius norms."""
     norms = [float(delta_w(u).norm()) for u in updates]
     b, a = padded_average(updates, [norm / sum(norms) for norm in norms], rank)
-    return b @ a
+    product: Tensor = b @ a
+    return product
 
 
 def lora_fair_closed(updates: Sequence[ClientUpdate], strength: float) -> Tensor:
@@ -86,14 +90,16 @@ def lora_fair_closed(updates: Sequence[ClientUpdate], strength: float) -> Tensor
     b, a = padded_average(updates, shares(updates), updates[0].rank)
     eye = torch.eye(len(a), dtype=torch.float64)
     correction = (mean_update(updates) - b @ a) @ a.T @ torch.linalg.inv(a @ a.T + strength * eye)
-    return (b + correction) @ a
+    product: Tensor = (b + correction) @ a
+    return product
 
 
 def lora_fair_objective(updates: Sequence[ClientUpdate], correction: Tensor, strength: float) -> Tensor:
     """1 − cos(M, (B̄ + ΔB)Ā) + λ‖ΔB‖_F, dense and differentiable."""
     b, a = padded_average(updates, shares(updates), updates[0].rank)
     cosine = torch.nn.functional.cosine_similarity(mean_update(updates).flatten(), ((b + correction) @ a).flatten(), 0)
-    return 1 - cosine + strength * correction.norm()
+    value: Tensor = 1 - cosine + strength * correction.norm()
+    return value
 
 
 def raflora(updates: Sequence[ClientUpdate], levels: Sequence[int]) -> Tensor:

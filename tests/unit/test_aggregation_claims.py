@@ -14,6 +14,7 @@ from glora_server.aggregation import (
     AggregationResult,
     ClientContract,
     ClientUpdate,
+    OptionValue,
     UploadSet,
     check_options,
     empty_state,
@@ -84,12 +85,12 @@ def test_where_no_gauge_is_left_an_update_with_one_is_refused(name: str, round_i
 
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_strategies_hold_the_mean_of_the_updates(name: str) -> None:
-    options = {"energy": 1.0} if name == "florist" else {}
+    options: dict[str, OptionValue] = {"energy": 1.0} if name == "florist" else {}
     updates = contract_round(name)
-    first = fold(name, updates, **options)
+    first = fold(name, updates, options=options)
     assert torch.allclose(model(first.state), mean_update(updates), atol=1e-10)
     later = contract_round(name, seed=3, state=first.state, round_index=1)
-    second = fold(name, later, state=first.state, round_index=1, **options)
+    second = fold(name, later, state=first.state, round_index=1, options=options)
     before = torch.zeros(D, N, dtype=torch.float64)
     if STRATEGIES[name].contract(check_options(name, {})).merges:
         before = model(first.state)

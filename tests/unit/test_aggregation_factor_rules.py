@@ -84,8 +84,10 @@ def test_fedrot_recovers_clients_that_differ_by_a_rotation_only() -> None:
 
 
 def test_a_client_that_moved_to_nothing_in_common_is_not_rotated() -> None:
-    """M = A_iA_refᵀ = 0: R is the identity, not whatever an SVD of zeros or of rounding returns."""
-    a_ref, a_i = torch.eye(8, dtype=torch.float64)[:3], torch.eye(8, dtype=torch.float64)[3:6]
+    """M = A_iA_refᵀ is rounding and nothing else: R is the identity, not what an SVD makes of noise."""
+    frame = torch.linalg.qr(randn(generator(3), 8, 8)).Q
+    a_ref, a_i = frame[:3], frame[3:6]
+    assert 0 < float((a_i @ a_ref.T).abs().max()) < 1e-14
     start = ClientUpdate(randn(generator(), 6, 3), a_ref, 1.0, 1.0)
     state = fold("fedrot", [start]).state
     b = randn(generator(2), 6, 3)
@@ -113,11 +115,13 @@ def test_the_hard_rotation_is_the_procrustes_optimum(condition: float) -> None:
 
 
 def test_a_half_turn_at_lambda_one_half_has_a_way_out() -> None:
-    """R = −1 on a plane: (I + R)/2 is zero there and has no polar factor."""
-    half_turn = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
-    turn = rotation(half_turn @ torch.diag(torch.tensor([3.0, 2.0, 1.0], dtype=torch.float64)), Rotation.SOFT, 0.5)
-    assert torch.allclose(turn @ turn.T, torch.eye(3, dtype=turn.dtype), atol=1e-12)
-    assert torch.allclose(turn, torch.eye(3, dtype=turn.dtype), atol=1e-6)
+    """R = −1 on a plane: (I + R)/2 is zero there, to rounding, and has no polar factor; the identity is nearest."""
+    frame = torch.linalg.qr(randn(generator(4), 5, 5)).Q
+    half_turn = frame @ torch.diag(torch.tensor([-1.0, -1.0, 1.0, 1.0, 1.0], dtype=torch.float64)) @ frame.T
+    stretch = frame @ torch.diag(torch.arange(5.0, 0.0, -1.0, dtype=torch.float64)) @ frame.T
+    turn = rotation(half_turn @ stretch, Rotation.SOFT, 0.5)
+    assert torch.allclose(rotation(half_turn @ stretch, Rotation.SPECIAL, 1.0), half_turn, atol=1e-12)
+    assert torch.allclose(turn, torch.eye(5, dtype=turn.dtype), atol=1e-6)
 
 
 def test_hetlora_agrees_with_the_dense_reference_and_truncates() -> None:

@@ -10,8 +10,16 @@ from lora_cases import randn, random_update, regauged
 from strategy_reference import delta_w, florist_rank, mean_update, shares
 from torch import Tensor
 
-from glora_server.aggregation import ClientUpdate, aggregate, canonical_state, check_options, readout
+from glora_server.aggregation import (
+    ClientUpdate,
+    aggregate,
+    aggregate_with_options,
+    canonical_state,
+    check_options,
+    readout,
+)
 from glora_server.aggregation import errors as e
+from glora_server.aggregation.subspace import energy_rank
 
 D, N = 18, 15
 
@@ -28,13 +36,15 @@ def updates_of(ranks: tuple[int, ...], seed: int = 0) -> list[ClientUpdate]:
 def projected(k: Tensor, mean: Tensor, rank: int) -> Tensor:
     """P·M with P on the top eigenvectors of K."""
     basis = torch.linalg.eigh(k).eigenvectors[:, -rank:]
-    return basis @ (basis.T @ mean)
+    inside: Tensor = basis @ (basis.T @ mean)
+    return inside
 
 
 def column_projector(x: Tensor) -> Tensor:
     u, sigma, _ = torch.linalg.svd(x, full_matrices=False)
     u = u[:, sigma > 1e-10 * sigma[0]]
-    return u @ u.T
+    projector: Tensor = u @ u.T
+    return projector
 
 
 def weighted(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -42,7 +52,8 @@ def weighted(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def folded(updates: Sequence[ClientUpdate], rank: int, **options: str | float | None) -> Tensor:
-    return dense_state(aggregate("glora", None, updates, rank=rank, rule="replace", **options).state)
+    given = {"rule": "replace", **options}
+    return dense_state(aggregate_with_options("glora", None, updates, rank=rank, options=given).state)
 
 
 def test_normalised_energy_agrees_with_the_dense_reference() -> None:
@@ -174,7 +185,15 @@ def test_the_rank_follows_the_energy_of_the_mean(subspace: str, energy: float) -
     assert aggregate("glora", None, updates, rank=2, rule="replace", energy=energy).state.rank <= 2
 
 
+@pytest.mark.parametrize(
+    ("sigma", "energy", "rank"),
+    [([1.0, 1.0], 0.5, 1), ([1.0, 1.0], 0.51, 2), ([2.0, 1.0, 0.0], 1.0, 2), ([0.0, 0.0], 0.5, 1), ([3.0], 1e-9, 1)],
+)
+def test_the_fewest_directions_with_the_energy(sigma: list[float], energy: float, rank: int) -> None:
+    assert energy_rank(torch.tensor(sigma, dtype=torch.float64), energy) == rank
+
+
 def test_a_round_of_zeros_has_no_energy_to_share_out() -> None:
     zero = [replace(u, b=torch.zeros_like(u.b)) for u in updates_of((2, 3))]
     for options in ({"energy": 0.9}, {"votes": "by_rank"}, {"subspace": "normalised_energy"}, {"anchor": 0.5}):
-        assert aggregate("glora", None, zero, rank=4, rule="replace", **options).state.rank == 0
+        assert float(folded(zero, 4, **options).norm()) == 0.0

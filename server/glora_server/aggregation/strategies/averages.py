@@ -5,7 +5,6 @@ everything that the diagnostics say. Strategies that keep factors have them in t
 `a` (k×n), with scales folded in: half on each factor (`SPLIT`), or all on B (`ON_B`).
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -309,7 +308,7 @@ def _diagnostics(
     mean = terms.frame.coordinates(terms.mean())
     norm = mean.norm()
     error = joined([mean, from_svd(found, new.rank, sign=-1.0)]).norm()
-    held = math.hypot(*new.sigma.tolist())
+    held = float(torch.linalg.vector_norm(found.sigma[: new.rank]))
     return Diagnostics(
         eigenvalues=(),
         eigengap=None,

@@ -8,7 +8,7 @@ whoever merges it into a weight that is stored in×out (GPT-2's Conv1D) transpos
 `residual_rank` cuts it and gives up exactness. One rank for all. The sum of adapters and residuals is gauge invariant,
 the adapters are not.
 
-O((d + n)(Σr)² + (Σr)³). Source: arXiv 2410.09432, weighted.
+O((d + n)(Σr + k)² + (Σr + k)³) for a model of rank k. Source: arXiv 2410.09432, weighted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -61,7 +61,7 @@ class Fedex(Strategy):
         exact=True,
         mixed_ranks=False,
         down=Volume(terms=(("d+n", "r"), ("d+n", "Σr"))),
-        cost="O((d+n)(Σr)² + (Σr)³)",
+        cost="O((d+n)(Σr+k)² + (Σr+k)³) for a model of rank k",
         source="FedEx-LoRA (arXiv 2410.09432)",
         note="the model is invariant, the adapters handed out are not; needs a mergeable base",
     )

@@ -6,8 +6,8 @@ Then everybody starts again with A random and B = 0. Exact for any ranks, with w
 both sides, or none, is a common mistake). The rank of the model grows without bound, and the base must be mergeable
 (not 4-bit). What a rank-R state cannot hold is kept as a tail, so that nothing is lost.
 
-Server: copies, and O((d + n)k² + k³) for the telemetry of a model of rank k; device: O(dnΣr) for the merge.
-Source: arXiv 2409.05976.
+Server: copies, and O((d + n)(Σr + k)² + (Σr + k)³) for the telemetry of a model of rank k; device: O(dnΣr) for the
+merge. Source: arXiv 2409.05976.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ class Flora(Strategy):
         exact=True,
         mixed_ranks=True,
         down=Volume(terms=(("d+n", "Σr"),)),
-        cost="copies; O((d+n)k² + k³) for a model of rank k",
+        cost="copies; for its telemetry O((d+n)(Σr+k)² + (Σr+k)³), a model of rank k",
         source="FLoRA (arXiv 2409.05976)",
         note="rank grows without bound; needs a mergeable base",
     )
