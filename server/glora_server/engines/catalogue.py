@@ -12,6 +12,7 @@ from glora_server.aggregation import (
     InitSource,
     OptionValue,
     Strategy,
+    UploadSet,
     check_options,
     find_strategy,
 )
@@ -61,14 +62,31 @@ def check_strategy(choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) 
         options = check_options(choice.name, choice.options)
         strategy = find_strategy(choice.name)
         strategy.check_plan((1, max_rank) if mixed_ranks else (max_rank,))
-        if strategy.contract(options).init is InitSource.FROZEN_STATE:
-            message = (
-                f"Strategy {choice.name} with these options trains on top of a frozen adapter, which devices are not "
-                'handed yet; choose rule = "delta" or "replace".'
-            )
-            return Refusal(reason=Reason.STRATEGY_OPTIONS, message=message)
+        missing = _not_served(choice.name, strategy.contract(options))
+        if missing is not None:
+            return Refusal(reason=Reason.STRATEGY_OPTIONS, message=missing)
     except AggregationError as error:
         return _refused(error).as_refusal()
+    return None
+
+
+def _not_served(name: str, contract: ClientContract) -> str | None:
+    """What the contract asks for that the service does not do yet, as a sentence; None when it does all of it."""
+    if contract.init is InitSource.FROZEN_STATE:
+        return (
+            f"Strategy {name} with these options trains on top of a frozen adapter, which devices are not "
+            'handed yet; choose rule = "delta" or "replace".'
+        )
+    if contract.merges:
+        return (
+            f"Strategy {name} has devices merge updates into their base weights, which they are not told yet; "
+            "choose another one, such as flexlora, or use it through glora_server.aggregation."
+        )
+    if contract.upload is not UploadSet.BOTH:
+        return (
+            f"Strategy {name} uploads one factor only, which the service does not take yet; "
+            "choose another one, such as glora, or use it through glora_server.aggregation."
+        )
     return None
 
 

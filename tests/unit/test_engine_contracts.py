@@ -1,0 +1,35 @@
+"""A run is refused at its creation when its strategy asks of devices what the service does not do yet."""
+
+import pytest
+
+from glora_server.aggregation import STRATEGIES
+from glora_server.coordinator.ports import StrategyChoice
+from glora_server.engines import catalogue
+from glora_wire.errors import Reason
+
+SERVED = {"glora", "fedit", "fedrot", "flexlora", "hetlora", "lora_fair", "raflora", "florist"}
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_contracts_that_are_not_served_are_refused_before_the_first_round(name: str) -> None:
+    verdict = catalogue.check_strategy(StrategyChoice(name=name, options={}), max_rank=8, mixed_ranks=False)
+    if name in SERVED:
+        assert verdict is None
+    else:
+        assert verdict is not None
+        assert verdict.reason is Reason.STRATEGY_OPTIONS
+        assert name in verdict.message
+
+
+@pytest.mark.parametrize("name", sorted(SERVED))
+def test_mixed_ranks_are_refused_before_the_first_round_where_the_method_has_none(name: str) -> None:
+    verdict = catalogue.check_strategy(StrategyChoice(name=name, options={}), max_rank=8, mixed_ranks=True)
+    assert (verdict is None) is STRATEGIES[name].properties.mixed_ranks
+
+
+def test_options_that_do_not_go_together_are_refused_before_the_first_round() -> None:
+    choice = StrategyChoice(name="glora", options={"subspace": "mean", "anchor": 0.5})
+    verdict = catalogue.check_strategy(choice, max_rank=8, mixed_ranks=True)
+    assert verdict is not None
+    assert verdict.reason is Reason.STRATEGY_OPTIONS
+    assert "anchor" in verdict.message
