@@ -21,7 +21,6 @@ from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, 
 from glora_server.aggregation.strategies.averages import (
     averaged_a,
     equal_rank,
-    first_key,
     kept,
     spectral_result,
     started,
@@ -35,6 +34,7 @@ from glora_server.aggregation.strategies.base import (
     Strategy,
     UploadSet,
 )
+from glora_server.aggregation.strategies.common_factor import first_key
 from glora_server.aggregation.strategies.options import Option, OptionValue
 
 

@@ -22,12 +22,9 @@ from glora_server.aggregation.strategies.averages import (
     ON_B,
     Factors,
     averaged_b,
-    common_a,
     equal_rank,
     factor_readout,
     factor_result,
-    first_key,
-    with_a,
 )
 from glora_server.aggregation.strategies.base import (
     ONLY_B,
@@ -38,6 +35,7 @@ from glora_server.aggregation.strategies.base import (
     TrainMask,
     UploadSet,
 )
+from glora_server.aggregation.strategies.common_factor import common_a, first_key, with_a
 from glora_server.aggregation.strategies.options import NumberOption, Option, OptionValue, number
 
 

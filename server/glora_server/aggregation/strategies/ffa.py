@@ -16,16 +16,7 @@ from typing_extensions import override
 
 from glora_server.aggregation.factors import ClientUpdate, normalised_weights
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey
-from glora_server.aggregation.strategies.averages import (
-    ON_B,
-    averaged_b,
-    common_a,
-    factor_readout,
-    factor_result,
-    first_key,
-    largest_rank,
-    with_a,
-)
+from glora_server.aggregation.strategies.averages import ON_B, averaged_b, factor_readout, factor_result, largest_rank
 from glora_server.aggregation.strategies.base import (
     ONLY_B,
     AggregationResult,
@@ -36,6 +27,7 @@ from glora_server.aggregation.strategies.base import (
     TrainMask,
     UploadSet,
 )
+from glora_server.aggregation.strategies.common_factor import common_a, first_key, with_a
 from glora_server.aggregation.strategies.options import Option, OptionValue
 
 

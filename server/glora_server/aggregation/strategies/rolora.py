@@ -19,13 +19,9 @@ from glora_server.aggregation.strategies.averages import (
     ON_B,
     averaged_a,
     averaged_b,
-    common_a,
-    common_b,
     equal_rank,
     factor_readout,
     factor_result,
-    first_key,
-    with_a,
 )
 from glora_server.aggregation.strategies.base import (
     ONLY_B,
@@ -36,6 +32,7 @@ from glora_server.aggregation.strategies.base import (
     TrainMask,
     UploadSet,
 )
+from glora_server.aggregation.strategies.common_factor import common_a, common_b, first_key, with_a
 from glora_server.aggregation.strategies.options import Option, OptionValue
 
 
