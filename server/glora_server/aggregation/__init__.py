@@ -10,7 +10,7 @@ from glora_server.aggregation.dense import dense_average
 from glora_server.aggregation.diagnostics import ClientDiagnostics, Diagnostics, PrincipalAngles
 from glora_server.aggregation.errors import AggregationError
 from glora_server.aggregation.factors import ClientUpdate, delta_inner, delta_norm, gauge_fix, spectral_norm
-from glora_server.aggregation.state import LayerState, ReadoutStyle, canonical_state, empty_state
+from glora_server.aggregation.state import LayerState, ReadoutStyle, canonical_state, empty_state, frozen_factors
 from glora_server.aggregation.strategies import STRATEGIES, find_strategy
 from glora_server.aggregation.strategies.base import (
     AggregationResult,
@@ -57,6 +57,7 @@ __all__ = [
     "dense_average",
     "empty_state",
     "find_strategy",
+    "frozen_factors",
     "gauge_fix",
     "readout",
     "spectral_norm",

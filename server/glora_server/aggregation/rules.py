@@ -85,7 +85,7 @@ def round_terms(
     raw = tuple((Term(block=i, coefficient=update.scale),) for i, update in enumerate(updates))
     changes = [_scaled(combination, step) for combination in raw]
     if needs_sent:
-        sent = _sent_blocks(updates, rule)
+        sent = sent_adapters(updates, rule)
         for i, (block, scale) in enumerate(sent.of_client):
             if block is not None:
                 changes[i] += (Term(block=len(blocks) + block, coefficient=-step * scale),)
@@ -105,15 +105,17 @@ def round_terms(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Sent:
+class SentAdapters:
     """Distinct sent adapters, and for each client which one it had (None: a zero adapter) at which scale."""
 
     blocks: tuple[Block, ...]
     of_client: tuple[tuple[int | None, float], ...]
 
 
-def _sent_blocks(updates: Sequence[ClientUpdate], rule: Rule) -> _Sent:
+def sent_adapters(updates: Sequence[ClientUpdate], rule: Rule) -> SentAdapters:
+    """What the devices were sent, equal adapters once. Raises MissingSentError."""
     kept: list[tuple[Tensor, Tensor]] = []
+    zeros: list[tuple[Tensor, Tensor]] = []
     of_client: list[tuple[int | None, float]] = []
     for position, update in enumerate(updates):
         if update.sent is None:
@@ -122,16 +124,15 @@ def _sent_blocks(updates: Sequence[ClientUpdate], rule: Rule) -> _Sent:
                 "pass sent=(b0, a0) as rendered, or use rule='replace'."
             )
         scale = update.sent_scale if update.sent_scale is not None else update.scale
-        if not bool(update.sent[0].any()):
-            of_client.append((None, scale))
-            continue
         # Devices of one rank were sent the same file: its columns need to be in the frame only once.
         found = next((k for k, other in enumerate(kept) if _same(update.sent, other)), None)
-        if found is None:
+        if found is None and (any(_same(update.sent, zero) for zero in zeros) or not bool(update.sent[0].any())):
+            zeros = zeros or [update.sent]
+        elif found is None:
             found = len(kept)
             kept.append(update.sent)
         of_client.append((found, scale))
-    return _Sent(blocks=tuple(Block(left=b, right=a) for b, a in kept), of_client=tuple(of_client))
+    return SentAdapters(blocks=tuple(Block(left=b, right=a) for b, a in kept), of_client=tuple(of_client))
 
 
 def _same(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> bool:

@@ -138,6 +138,22 @@ def slice_readout(
     return b.to(dtype), torch.cat(rows).to(dtype)
 
 
+def frozen_factors(state: LayerState, *, first: int, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    r"""(b, a), d×rank and rank×n in the state's dtype, with :math:`s\,b\,a = S_{[first+rank]} - S_{[first]}`.
+
+    Balanced; directions that the state does not have are zero in both. For what devices load and do not train.
+    """
+    check_readout(rank, scale)
+    sigma = state.sigma.to(COMPUTE_DTYPE)[first : first + rank]
+    half = (sigma / scale).sqrt()
+    b = torch.zeros((state.u.shape[0], rank), dtype=COMPUTE_DTYPE, device=state.u.device)
+    a = torch.zeros((rank, state.a.shape[1]), dtype=COMPUTE_DTYPE, device=state.a.device)
+    used = sigma.numel()
+    b[:, :used] = state.u.to(COMPUTE_DTYPE)[:, first : first + rank] * half
+    a[:used] = state.a.to(COMPUTE_DTYPE)[first : first + rank] * (half / sigma)[:, None]
+    return b.to(state.u.dtype), a.to(state.a.dtype)
+
+
 def refill_rows(live: Tensor, *, first: int, last: int, key: RefillKey) -> Tensor:
     """Rows `first` … `last`−1 for dead directions, (last − first)×n, float64, each of norm ROW_NORM.
 

@@ -244,7 +244,9 @@ class DeviceService:
         assignment = await self.store.read(partial(_own, device, assignment_id))
         offers = _adapters(assignment)
         if key == offers[-1].key and assignment.is_open:
-            await self._move(assignment, Deliver())  # a round that closed meanwhile does not undo the download
+            await self._move(
+                assignment, Deliver(self.hub.traffic_of(assignment_id).down)
+            )  # a round that closed meanwhile does not undo the download
 
     async def _report(self, device: Device, assignment_id: AssignmentId, event: AssignmentEvent) -> ProgressAnswer:
         assignment = await self.store.read(partial(_own, device, assignment_id))

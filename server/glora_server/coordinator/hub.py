@@ -159,6 +159,10 @@ class Hub:
                 known.saved_at = at
         return due
 
+    def traffic_of(self, assignment_id: AssignmentId) -> Traffic:
+        """What this process saw of the assignment's payload bytes."""
+        return self.traffic.get(assignment_id, Traffic())
+
     def moved(self, assignment_id: AssignmentId, *, down: int = 0, up: int = 0) -> None:
         """Count bytes of an assignment."""
         traffic = self.traffic.setdefault(assignment_id, Traffic())

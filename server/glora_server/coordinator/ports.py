@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from glora_server.coordinator.model import (
     AuditEntry,
@@ -257,7 +257,11 @@ class Versions(Protocol):
         """Drop the tensors and readouts of all but the last `keep` and the pinned versions; returns the readouts."""
         ...
 
-    def readout(self, version_id: VersionId, rank: int, dtype: str) -> Readout | None:
+    def module_ranks(self, version_id: VersionId) -> Mapping[str, int]:
+        """How many directions the state of each module holds, by name; reads no tensors."""
+        ...
+
+    def readout(self, version_id: VersionId, rank: int, dtype: str, variant: str = "train") -> Readout | None:
         """The rendered adapter, where there is one."""
         ...
 
@@ -380,9 +384,21 @@ class StrategyChoice:
     options: Mapping[str, str | float | int | bool]
 
 
+Frozen = Literal["", "tail", "state"]
+
+ReadoutVariant = Literal["train", "fresh", "tail", "state"]
+"""What is cut from a state. "train": what the strategy hands out at a rank. "fresh": what it hands out of an empty
+state. "tail": the directions beyond those of a smaller adapter. "state": the directions from the first one on."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyInfo:
-    """What a strategy wants of devices (names as in types.proto, lower case) and what it promises."""
+    """What a strategy wants of devices in a round (names as in types.proto, lower case) and what it promises.
+
+    `frozen`: what of the state devices load beside the adapter that they train: nothing, the directions beyond its
+    rank, or all of it. `needs_sent`: aggregation asks for the adapter that each device was sent. `may_shrink`: an
+    update may have a smaller rank than was granted.
+    """
 
     name: str
     summary: str
@@ -390,6 +406,10 @@ class StrategyInfo:
     init: str
     upload_set: str
     mixed_ranks: bool
+    frozen: Frozen = ""
+    needs_sent: bool = False
+    reset_optimizer: bool = True
+    may_shrink: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -419,6 +439,9 @@ class RenderJob:
     version_number: int
     style: str
     """"balanced" or "a_orthonormal"."""
+    variant: ReadoutVariant = "train"
+    first: int = 0
+    """How many leading directions of the state a "tail" leaves out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -431,6 +454,8 @@ class CheckJob:
     expected: tuple[TensorSpec, ...]
     max_norm: float
     """Largest Frobenius norm of the whole ΔW; 0 = no limit."""
+    sent_path: Path | None = None
+    """The adapter file that the device started from: it has the factor that the device does not send."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -498,6 +523,10 @@ class NumericsEngine(Protocol):
 
     async def strategies(self) -> tuple[StrategyInfo, ...]:
         """What can be chosen."""
+        ...
+
+    async def describe(self, choice: StrategyChoice, *, round_index: int) -> StrategyInfo:
+        """What the strategy wants with these options in that round, from 0; raises STRATEGY_UNKNOWN or _OPTIONS."""
         ...
 
     async def check_strategy(self, choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) -> Refusal | None:

@@ -163,13 +163,13 @@ class Queries:
         return RoundView(round=round_, assignments=views, seconds=seconds)
 
     def _assignment(self, assignment: Assignment, names: Mapping[DeviceId, str]) -> AssignmentView:
-        traffic = self.hub.traffic.get(assignment.id)
+        traffic = self.hub.traffic_of(assignment.id)
         return AssignmentView(
             assignment=assignment,
             device_name=names.get(assignment.device_id, assignment.device_id),
             progress=self.hub.progress.get(assignment.id) if assignment.is_open else None,
-            bytes_down=traffic.down if traffic else 0,
-            bytes_up=traffic.up if traffic else 0,
+            bytes_down=max(traffic.down, assignment.bytes_down),
+            bytes_up=max(traffic.up, assignment.bytes_up),
         )
 
     def _device(self, uow: UnitOfWork, device: Device) -> DeviceView:

@@ -173,7 +173,8 @@ class UploadService:
 
     def _receive(self, upload: Upload, uow: UnitOfWork) -> Transition:
         uow.uploads.add(upload)
-        event = Moved(upload.assignment_id, Receive(upload.training_rows))
+        moved = self.hub.traffic_of(upload.assignment_id).up
+        event = Moved(upload.assignment_id, Receive(upload.training_rows, max(moved, upload.digest.size)))
         return step(uow, upload.round_id, event, at=self.engine.clock())
 
     async def verdict(self, assignment_id: AssignmentId, digest: Digest) -> UploadStatus:

@@ -12,11 +12,12 @@ from glora_server.aggregation import (
     InitSource,
     OptionValue,
     Strategy,
+    TrainMask,
     UploadSet,
     check_options,
     find_strategy,
 )
-from glora_server.coordinator.ports import StrategyChoice, StrategyInfo
+from glora_server.coordinator.ports import Frozen, StrategyChoice, StrategyInfo
 from glora_wire.errors import GloraError, Reason, Refusal
 
 _INIT: Final[Mapping[InitSource, str]] = {
@@ -24,9 +25,9 @@ _INIT: Final[Mapping[InitSource, str]] = {
     InitSource.FRESH: "fresh",
     # Factors that are common to all devices are delivered, and the train mask keeps A as it is.
     InitSource.COMMON_A: "readout",
-    # B = 0 and a delivered A, on top of a frozen adapter.
-    InitSource.FROZEN_STATE: "fresh",
 }
+_ROUNDS_THAT_DIFFER: Final = 2
+"""Contracts alternate between even and odd rounds at most."""
 _REASONS: Final[Mapping[str, Reason]] = {
     "UNKNOWN_STRATEGY": Reason.STRATEGY_UNKNOWN,
     "BAD_OPTION": Reason.STRATEGY_OPTIONS,
@@ -39,10 +40,11 @@ def strategies() -> tuple[StrategyInfo, ...]:
     return tuple(_info(STRATEGIES[name], check_options(name, {})) for name in sorted(STRATEGIES))
 
 
-def describe(choice: StrategyChoice) -> StrategyInfo:
-    """The strategy with these options; raises GloraError STRATEGY_UNKNOWN or STRATEGY_OPTIONS."""
+def describe(choice: StrategyChoice, *, round_index: int = 0) -> StrategyInfo:
+    """The strategy with these options in that round; raises GloraError STRATEGY_UNKNOWN or STRATEGY_OPTIONS."""
     try:
-        return _info(find_strategy(choice.name), check_options(choice.name, choice.options))
+        options = check_options(choice.name, choice.options)
+        return _info(find_strategy(choice.name), options, round_index=round_index)
     except AggregationError as error:
         raise _refused(error) from error
 
@@ -62,9 +64,10 @@ def check_strategy(choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) 
         options = check_options(choice.name, choice.options)
         strategy = find_strategy(choice.name)
         strategy.check_plan((1, max_rank) if mixed_ranks else (max_rank,))
-        missing = _not_served(choice.name, strategy.contract(options))
-        if missing is not None:
-            return Refusal(reason=Reason.STRATEGY_OPTIONS, message=missing)
+        for index in range(_ROUNDS_THAT_DIFFER):
+            missing = _not_served(choice.name, strategy.contract(options, round_index=index))
+            if missing is not None:
+                return Refusal(reason=Reason.STRATEGY_OPTIONS, message=missing)
     except AggregationError as error:
         return _refused(error).as_refusal()
     return None
@@ -72,34 +75,46 @@ def check_strategy(choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) 
 
 def _not_served(name: str, contract: ClientContract) -> str | None:
     """What the contract asks for that the service does not do yet, as a sentence; None when it does all of it."""
-    if contract.init is InitSource.FROZEN_STATE:
-        return (
-            f"Strategy {name} with these options trains on top of a frozen adapter, which devices are not "
-            'handed yet; choose rule = "delta" or "replace".'
-        )
     if contract.merges:
         return (
             f"Strategy {name} has devices merge updates into their base weights, which they are not told yet; "
             "choose another one, such as flexlora, or use it through glora_server.aggregation."
         )
-    if contract.upload is not UploadSet.BOTH:
+    if contract.keeps_b:
         return (
-            f"Strategy {name} uploads one factor only, which the service does not take yet; "
+            f"Strategy {name} leaves each device a B of its own, so that a run would have no model to evaluate or "
+            "export; choose another one, such as ffa, or use it through glora_server.aggregation."
+        )
+    if TrainMask.CORE == contract.train or UploadSet.CORE == contract.upload:
+        return (
+            f"Strategy {name} trains a core between frozen factors, which devices cannot do yet; "
             "choose another one, such as glora, or use it through glora_server.aggregation."
         )
     return None
 
 
-def _info(strategy: Strategy, options: Mapping[str, OptionValue]) -> StrategyInfo:
-    wanted = strategy.contract(options)
+def _info(strategy: Strategy, options: Mapping[str, OptionValue], *, round_index: int = 0) -> StrategyInfo:
+    wanted = strategy.contract(options, round_index=round_index)
+    frozen = _frozen(wanted)
     return StrategyInfo(
         name=strategy.name,
         summary=strategy.summary,
         train_mask=wanted.train.value,
-        init=_INIT[wanted.init],
+        init="fresh" if frozen == "state" else _INIT.get(wanted.init, "readout"),
         upload_set=wanted.upload.value,
         mixed_ranks=strategy.properties.mixed_ranks,
+        frozen=frozen,
+        needs_sent=wanted.needs_sent,
+        reset_optimizer=wanted.reset_optimizer,
+        may_shrink=wanted.may_shrink,
     )
+
+
+def _frozen(wanted: ClientContract) -> Frozen:
+    """What lies under the trained adapter: a change that is measured from what was sent leaves its tail only."""
+    if wanted.init is not InitSource.FROZEN_STATE:
+        return ""
+    return "tail" if wanted.needs_sent else "state"
 
 
 def _refused(error: AggregationError) -> GloraError:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from glora_server.aggregation import (
     AggregationError,
+    ClientContract,
     ClientUpdate,
     Diagnostics,
+    UploadSet,
     aggregate,
     dense_average,
 )
@@ -43,23 +45,23 @@ def fold(job: AggregateJob, device: torch.device) -> tuple[AggregatedPart, ...]:
 
     Raises GloraError: PAYLOAD_MALFORMED for a file that is gone, AGGREGATION_FAILED with what the aggregation refuses.
     """
-    sources = _open(job)
-    return tuple(_fold(part, job, sources, device) for part in job.parts)
+    wanted = contract(job.strategy, round_index=job.round_index)
+    sources = _open(job, wanted)
+    return tuple(_fold(part, job, sources, wanted.upload, device) for part in job.parts)
 
 
-def _open(job: AggregateJob) -> tuple[_Source, ...]:
+def _open(job: AggregateJob, wanted: ClientContract) -> tuple[_Source, ...]:
     keys: set[str] = set()
     for part in job.parts:
         if part.kind is TensorKind.DENSE:
             keys.add(dense_key(part.name))
         else:
             keys |= {lora_key(part.name, "A"), lora_key(part.name, "B")}
-    needs_sent = contract(job.strategy, round_index=job.round_index).needs_sent
     # Devices of one rank were sent the same file.
     sent: dict[Path, PayloadFile] = {}
     sources = []
     for update in job.updates:
-        path = update.sent_path if needs_sent else None
+        path = update.sent_path if wanted.needs_sent else None
         if path is not None and path not in sent:
             sent[path] = PayloadFile.open(path, keys)
         sources.append(
@@ -72,10 +74,12 @@ def _open(job: AggregateJob) -> tuple[_Source, ...]:
     return tuple(sources)
 
 
-def _fold(part: StatePart, job: AggregateJob, sources: Sequence[_Source], device: torch.device) -> AggregatedPart:
+def _fold(
+    part: StatePart, job: AggregateJob, sources: Sequence[_Source], upload: UploadSet, device: torch.device
+) -> AggregatedPart:
     if part.kind is TensorKind.DENSE:
         return _fold_dense(part, sources, device)
-    return _fold_module(part, job, sources, device)
+    return _fold_module(part, job, [source for source in sources if _carries(source, part.name, upload)], device)
 
 
 def _fold_dense(part: StatePart, sources: Sequence[_Source], device: torch.device) -> AggregatedPart:
@@ -94,9 +98,8 @@ def _fold_dense(part: StatePart, sources: Sequence[_Source], device: torch.devic
 
 
 def _fold_module(
-    part: StatePart, job: AggregateJob, sources: Sequence[_Source], device: torch.device
+    part: StatePart, job: AggregateJob, carriers: Sequence[_Source], device: torch.device
 ) -> AggregatedPart:
-    carriers = [source for source in sources if _carries(source, part.name)]
     if not carriers:
         return AggregatedPart(part=part, diagnostics_json="{}")
     state = module_state(part, strategy=job.strategy.name, device=device)
@@ -116,17 +119,19 @@ def _fold_module(
     )
 
 
-def _carries(source: _Source, module: str) -> bool:
-    """Whether the update has the module; raises GloraError when it has half of it."""
-    has_a, has_b = (source.file.has(lora_key(module, factor)) for factor in ("A", "B"))
-    if has_a != has_b:
+def _carries(source: _Source, module: str, upload: UploadSet) -> bool:
+    """Whether the update has the module; raises GloraError when it lacks a factor that was to be uploaded."""
+    present = {factor: source.file.has(lora_key(module, factor)) for factor in ("A", "B")}
+    wanted = ("A", "B") if upload is UploadSet.BOTH else (upload.value.upper(),)
+    if any(present.values()) and not all(present[factor] for factor in wanted):
         raise GloraError(
             Reason.TENSOR_NAMES_WRONG,
-            f"The update of device {source.update.device_id} has only one factor of {module!r}.",
+            f"The update of device {source.update.device_id} has no factor "
+            f"{' or '.join(factor for factor in wanted if not present[factor])} of {module!r}.",
             device=source.update.device_id,
             module=module,
         )
-    return has_a
+    return any(present.values())
 
 
 def _client_updates(module: str, carriers: Sequence[_Source], device: torch.device) -> list[ClientUpdate]:
@@ -135,7 +140,7 @@ def _client_updates(module: str, carriers: Sequence[_Source], device: torch.devi
     for source in carriers:
         if source.sent is not None and source.sent.path not in sent:
             sent[source.sent.path] = _factors(source.sent, module, device)
-        b, a = _factors(source.file, module, device)
+        b, a = _uploaded(source, module, device)
         updates.append(
             ClientUpdate(
                 b,
@@ -147,6 +152,27 @@ def _client_updates(module: str, carriers: Sequence[_Source], device: torch.devi
             )
         )
     return updates
+
+
+def _uploaded(source: _Source, module: str, device: torch.device) -> Factors:
+    """The factors of the update; one that was not uploaded has rank 0, which is how ClientUpdate says absent."""
+    file, keys = source.file, (lora_key(module, "B"), lora_key(module, "A"))
+    b, a = (file.read(key, device) if file.has(key) else None for key in keys)
+    if b is not None and a is not None:
+        return b, a
+    if source.sent is None:
+        raise GloraError(
+            Reason.INTERNAL,
+            f"The update of device {source.update.device_id} has one factor of {module!r}, and there is no record of "
+            "the adapter that it was sent.",
+            device=source.update.device_id,
+            module=module,
+        )
+    # The sent adapter tells the width that the absent factor would have.
+    if b is not None:
+        return b, b.new_zeros((0, source.sent.entries[keys[1]].spec.shape[1]))
+    assert a is not None  # noqa: S101 - _carries saw one of them
+    return a.new_zeros((source.sent.entries[keys[0]].spec.shape[0], 0)), a
 
 
 def _factors(file: PayloadFile, module: str, device: torch.device) -> Factors:

@@ -13,16 +13,17 @@ from typing import Final, get_args
 import torch
 from torch import Tensor
 
-from glora_server.aggregation import ReadoutStyle, delta_norm, empty_state, readout
+from glora_server.aggregation import LayerState, ReadoutStyle, delta_norm, empty_state, frozen_factors, readout
 from glora_server.coordinator.model import StatePart, TensorKind
 from glora_server.coordinator.ports import CheckJob, CheckResult, InitialiseJob, RenderJob
 from glora_server.engines.states import VALUE, dense_part, module_part, module_state
 from glora_server.engines.tensors import PayloadFile, from_record, header_of, to_bytes, wire_dtype
 from glora_wire.errors import GloraError, Reason, Refusal
-from glora_wire.names import LoraKey, dense_key, lora_key, split_key
+from glora_wire.names import Factor, LoraKey, dense_key, lora_key, split_key
 from glora_wire.payload import PayloadHeader, TensorEntry, check_specs
 
 _STYLES: Final[tuple[ReadoutStyle, ...]] = get_args(ReadoutStyle)
+_FACTORS: Final[tuple[Factor, Factor]] = ("A", "B")
 
 
 def initialise(job: InitialiseJob, device: torch.device) -> tuple[StatePart, ...]:
@@ -36,7 +37,7 @@ def initialise(job: InitialiseJob, device: torch.device) -> tuple[StatePart, ...
 
 
 def render(job: RenderJob, device: torch.device) -> None:
-    """Write the readout of every part of the job at its place in the file, whose header and size stay as they are.
+    """Write what the job cuts from every part at its place in the file, whose header and size stay as they are.
 
     Raises GloraError: INTERNAL when the header has no fitting place, NON_FINITE when a number does not fit the
     header's number format, PAYLOAD_MALFORMED when the file is not a payload.
@@ -54,13 +55,15 @@ def render(job: RenderJob, device: torch.device) -> None:
 def check(job: CheckJob, device: torch.device) -> CheckResult:
     """The verdict on an update's numbers; a file that cannot be used is a refusal as well.
 
-    ‖ΔW‖_F per module and in total come from QR cores; ΔW is never formed.
+    ‖ΔW‖_F per module and in total come from QR cores; ΔW is never formed. Of an update that is half a pair the other
+    half is the one that was sent; without that only its numbers are looked at.
     """
     norms: dict[str, float] = {}
     try:
-        file = _expected_file(job)
-        for module in _modules(job):
-            norms[module] = _module_norm(file, module, job.scales, device)
+        files = _expected_files(job)
+        file = files[0]
+        for module in _modules(job, files):
+            norms[module] = _module_norm(files, module, job.scales, device)
         for spec in job.expected:
             key = split_key(spec.name)
             if not (isinstance(key, LoraKey) and key.module in norms):
@@ -90,16 +93,27 @@ def _rendered(part: StatePart, job: RenderJob, header: PayloadHeader, device: to
             raise GloraError(Reason.INTERNAL, f"The dense tensor {part.name!r} has no value to write.", name=part.name)
         return {}
     state = module_state(part, strategy=job.strategy.name, device=device)
-    b, a = readout(
+    b, a = _cut(state, part.name, job)
+    return {lora_key(part.name, "A"): a, lora_key(part.name, "B"): b}
+
+
+def _cut(state: LayerState, module: str, job: RenderJob) -> tuple[Tensor, Tensor]:
+    """The factors that the job's variant asks for."""
+    if job.variant in {"tail", "state"}:
+        return frozen_factors(state, first=job.first, rank=job.rank, scale=job.scale)
+    if job.variant == "fresh":
+        state = empty_state(
+            state.u.shape[0], state.a.shape[1], strategy=state.strategy, dtype=state.u.dtype, device=state.u.device
+        )
+    return readout(
         state,
         job.rank,
         job.scale,
         seed=job.seed,
-        module=part.name,
+        module=module,
         version=job.version_number,
         style=_style(job.style),
     )
-    return {lora_key(part.name, "A"): a, lora_key(part.name, "B"): b}
 
 
 def _style(name: str) -> ReadoutStyle:
@@ -133,27 +147,33 @@ def _on_the_wire(tensor: Tensor, entry: TensorEntry) -> bytearray:
     return to_bytes(rounded, rounded.dtype)
 
 
-def _expected_file(job: CheckJob) -> PayloadFile:
+def _expected_files(job: CheckJob) -> Sequence[PayloadFile]:
+    """The update, and after it what was sent where the job says so: a tensor is the one of the first that has it."""
     header = header_of(job.path)
     check_specs(header, job.expected)
-    return PayloadFile(path=job.path, entries=header.by_name())
+    update = PayloadFile(path=job.path, entries=header.by_name())
+    if job.sent_path is None:
+        return (update,)
+    return update, PayloadFile(path=job.sent_path, entries=header_of(job.sent_path).by_name())
 
 
-def _modules(job: CheckJob) -> Sequence[str]:
-    """Modules with both factors; a strategy that uploads only one has no ΔW to measure."""
-    factors: dict[str, set[str]] = {}
-    for spec in job.expected:
-        key = split_key(spec.name)
-        if isinstance(key, LoraKey):
-            factors.setdefault(key.module, set()).add(key.factor)
-    return [module for module, found in factors.items() if found == {"A", "B"}]
+def _modules(job: CheckJob, files: Sequence[PayloadFile]) -> Sequence[str]:
+    """Modules of the update of which both factors are known, so that there is a ΔW to measure."""
+    keys = (split_key(spec.name) for spec in job.expected)
+    modules = dict.fromkeys(key.module for key in keys if isinstance(key, LoraKey))
+    return [module for module in modules if all(_holder(files, lora_key(module, factor)) for factor in _FACTORS)]
 
 
-def _module_norm(file: PayloadFile, module: str, scales: Mapping[str, float], device: torch.device) -> float:
+def _holder(files: Sequence[PayloadFile], key: str) -> PayloadFile | None:
+    return next((file for file in files if file.has(key)), None)
+
+
+def _module_norm(files: Sequence[PayloadFile], module: str, scales: Mapping[str, float], device: torch.device) -> float:
     if not math.isfinite(scales.get(module, math.nan)):
         raise GloraError(Reason.SCALE_WRONG, f"Module {module!r} has no finite LoRA scale.", module=module)
-    b = _finite(file, lora_key(module, "B"), device)
-    a = _finite(file, lora_key(module, "A"), device)
+    b, a = (
+        _finite(_holder(files, key) or files[0], key, device) for key in (lora_key(module, "B"), lora_key(module, "A"))
+    )
     return delta_norm(b, a, scales[module])
 
 

@@ -131,9 +131,8 @@ class LocalEngine(NumericsEngine):
     async def strategies(self) -> tuple[StrategyInfo, ...]:  # noqa: D102
         return cast("tuple[StrategyInfo, ...]", await self._submit(ListStrategies()))
 
-    async def describe(self, choice: StrategyChoice) -> StrategyInfo:
-        """What the strategy wants with these options; raises GloraError STRATEGY_UNKNOWN or STRATEGY_OPTIONS."""
-        return cast("StrategyInfo", await self._submit(DescribeStrategy(choice=choice)))
+    async def describe(self, choice: StrategyChoice, *, round_index: int) -> StrategyInfo:  # noqa: D102
+        return cast("StrategyInfo", await self._submit(DescribeStrategy(choice=choice, round_index=round_index)))
 
     async def check_strategy(  # noqa: D102
         self, choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool

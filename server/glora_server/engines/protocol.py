@@ -37,9 +37,10 @@ class ListStrategies:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DescribeStrategy:
-    """Ask what a strategy wants of devices with these options."""
+    """Ask what a strategy wants of devices with these options in that round, from 0."""
 
     choice: StrategyChoice
+    round_index: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

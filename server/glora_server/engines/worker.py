@@ -133,7 +133,7 @@ def _run(job: Job, device: torch.device) -> Result:
         case ListStrategies():
             return catalogue.strategies()
         case DescribeStrategy():
-            return catalogue.describe(job.choice)
+            return catalogue.describe(job.choice, round_index=job.round_index)
         case CheckStrategy():
             return catalogue.check_strategy(job.choice, max_rank=job.max_rank, mixed_ranks=job.mixed_ranks)
         case _:

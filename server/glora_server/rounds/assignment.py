@@ -79,6 +79,10 @@ class Assignment:
     closed_at: float | None = None
     deadline_at: float
     training_rows: int = 0
+    bytes_down: int = 0
+    """Payload bytes that the adapters took to be delivered, repetitions included."""
+    bytes_up: int = 0
+    """Payload bytes that the update took to arrive, repetitions included."""
 
     @property
     def is_open(self) -> bool:
@@ -93,7 +97,9 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """The adapter was delivered whole."""
+    """The adapter was delivered whole, after `bytes_down` payload bytes."""
+
+    bytes_down: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +112,7 @@ class Receive:
     """All bytes of the update are stored and their digest is right."""
 
     training_rows: int
+    bytes_up: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,12 +225,13 @@ def _apply(a: Assignment, event: AssignmentEvent, at: float) -> Assignment:
     match event:
         case Accept():
             return replace(a, phase=_P.ACCEPTED, accepted_at=at)
-        case Deliver():
-            return replace(a, phase=_P.DELIVERED, accepted_at=_first(a.accepted_at, at), delivered_at=at)
+        case Deliver(bytes_down=count):
+            accepted = _first(a.accepted_at, at)
+            return replace(a, phase=_P.DELIVERED, accepted_at=accepted, delivered_at=at, bytes_down=count)
         case StartUpload():
             return replace(a, phase=_P.UPLOADING, upload_started_at=at)
-        case Receive(training_rows=rows):
-            return replace(a, phase=_P.RECEIVED, received_at=at, training_rows=rows)
+        case Receive(training_rows=rows, bytes_up=count):
+            return replace(a, phase=_P.RECEIVED, received_at=at, training_rows=rows, bytes_up=count)
         case AcceptUpdate():
             return replace(a, phase=_P.ACCEPTED_UPDATE, closed_at=at)
         case RejectUpdate(refusal=refusal):

@@ -285,6 +285,8 @@ class AssignmentRow(Base):
     closed_at: Mapped[float | None]
     deadline_at: Mapped[float]
     training_rows: Mapped[int]
+    bytes_down: Mapped[int]
+    bytes_up: Mapped[int]
 
 
 class UploadRow(Base):

@@ -28,6 +28,8 @@ from glora_server.aggregation.factors import (
     normalised_weights,
     state_dtype,
 )
+from glora_server.aggregation.fast.fold import fast_round
+from glora_server.aggregation.fast.intake import VoteRule
 from glora_server.aggregation.frame import Coordinates, rounding_floor
 from glora_server.aggregation.rules import RoundTerms, Rule, round_terms
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, slice_readout, state_from_svd
@@ -58,6 +60,7 @@ class GloraOptions:
     eta: float
     rank_tol: float | None
     energy: float | None
+    fast: bool
 
 
 class Glora(Strategy):
@@ -69,7 +72,7 @@ class Glora(Strategy):
         gauge_invariant=True,
         exact=True,
         mixed_ranks=True,
-        cost="(d+n)(Σr)² + (Σr)³",
+        cost="O((d+n)(Σr)² + (Σr)³)",
         source="GLoRA (arXiv 2605.06733)",
         note="wholly exact where R spans all updates; rules frozen_tail and accumulate send (d+n)·R more",
     )
@@ -84,7 +87,8 @@ class Glora(Strategy):
         NumberOption(name="eta", summary="server step on the change, for all rules but replace", default=1.0),
         ChoiceOption(
             name="accuracy",
-            summary="exact: 1e-5 of a float64 reference; fast: objective within 1 % (at present the same computation)",
+            summary="exact: 1e-5 of a float64 reference; fast: objective within 1 % (large modules with float32 or "
+            "shorter uploads and neither anchor, votes=by_rank nor energy; all others are computed exactly)",
             default="exact",
             choices=("exact", "fast"),
         ),
@@ -140,9 +144,13 @@ class Glora(Strategy):
         tolerance = default_rank_tol(updates[0].b.dtype) if chosen.rank_tol is None else chosen.rank_tol
         weights = normalised_weights([update.weight for update in updates])
         anchored = chosen.voting.anchor > 0
+        rank = min(rank, updates[0].b.shape[0])  # not n: K may need more directions than S can have
+        if chosen.fast and chosen.energy is None:
+            votes = VoteRule(rule=chosen.rule, eta=chosen.eta, rank_tol=tolerance, voting=chosen.voting)
+            if (result := fast_round(votes, state, updates, weights, rank=rank)) is not None:
+                return result
         terms = round_terms(chosen.rule, state, updates, weights, eta=chosen.eta, anchored=anchored)
         mean = terms.frame.coordinates(terms.mean())
-        rank = min(rank, updates[0].b.shape[0])  # not n: K may need more directions than S can have
         if chosen.energy is not None:
             rank = min(rank, energy_rank(mean.svd().sigma, chosen.energy))
         common = consensus(chosen.voting, terms, rank=rank, rank_tol=tolerance)
@@ -187,6 +195,7 @@ def _parsed(options: Mapping[str, OptionValue]) -> GloraOptions:
         eta=number(options, "eta"),
         rank_tol=optional_number(options, "rank_tol"),
         energy=optional_number(options, "energy"),
+        fast=options["accuracy"] == "fast",
     )
 
 

@@ -261,6 +261,8 @@ def _rounds() -> None:
         sa.Column("closed_at", sa.Double(), nullable=True),
         sa.Column("deadline_at", sa.Double(), nullable=False),
         sa.Column("training_rows", sa.BigInteger(), nullable=False),
+        sa.Column("bytes_down", sa.BigInteger(), nullable=False),
+        sa.Column("bytes_up", sa.BigInteger(), nullable=False),
         sa.ForeignKeyConstraint(["device_id"], ["devices.id"], name=op.f("fk_assignments_device_id_devices")),
         sa.ForeignKeyConstraint(["round_id"], ["rounds.id"], name=op.f("fk_assignments_round_id_rounds")),
         sa.ForeignKeyConstraint(["run_id"], ["runs.id"], name=op.f("fk_assignments_run_id_runs")),
