@@ -33,6 +33,7 @@ SUBCOMMANDS: Final = (
     Subcommand("device", "glora_cli.device_commands", "server", "Enrol, list, approve and revoke devices."),
     Subcommand("run", "glora_cli.run_commands", "server", "Create, watch and steer runs."),
     Subcommand("export", "glora_cli.export_command", "server", "Download an adapter that PEFT can load."),
+    Subcommand("simulate", "glora_cli.simulate", "demo", "Compare strategies on virtual devices, in one process."),
     Subcommand("db", "glora_cli.db_commands", "server", "Look after the database."),
     Subcommand("doctor", "glora_cli.doctor_command", "client", "Check this machine and say what to do."),
 )

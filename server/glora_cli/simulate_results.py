@@ -1,0 +1,115 @@
+"""What a simulation found: rows of JSONL by strategy, seed, round and rank, kept from one start to the next."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glora_cli.simulate_spec import SimSpec, StrategyEntry
+from glora_wire.errors import GloraError, Reason
+
+Pair = tuple[str, int]
+"""A strategy by its label, and a seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One rank of one round; what belongs to the whole round is repeated for every rank.
+
+    `accuracy` and `loss` are those of the readout of `rank` on the held-out rows, null where it was not measured.
+    `devices` is the number of devices of exactly this rank. `truncation_error`, `captured_energy`, `eigengap` and
+    `mean_norm` are means over the modules, `sigma` (of the new state) and `coverage` too, item by item. `failed`
+    counts devices whose training diverged, `rejected` those whose update was refused. `bytes_up` and `bytes_down` are
+    what the method moves, all devices together: numbers times the width of the wire's format, no headers. `seconds`
+    are those of the whole round with its measurements, on this machine.
+    """
+
+    settings: str
+    strategy: str
+    seed: int
+    round: int
+    rank: int
+    server_rank: int
+    devices: int
+    accuracy: float | None
+    loss: float | None
+    training_loss: float | None
+    truncation_error: float | None
+    captured_energy: float | None
+    eigengap: float | None
+    mean_norm: float | None
+    sigma: tuple[float, ...]
+    coverage: tuple[float, ...]
+    updates: int
+    failed: int
+    rejected: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+    aggregation_seconds: float
+
+    def to_json(self) -> str:
+        """The row as one line."""
+        return json.dumps(dataclasses.asdict(self), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, line: str, place: str) -> Result:
+        """The row that `to_json` wrote; raises DATA_INVALID naming the place."""
+        try:
+            values = json.loads(line)
+            values["sigma"], values["coverage"] = tuple(values["sigma"]), tuple(values["coverage"])
+            return cls(**values)
+        except (ValueError, KeyError, TypeError) as error:
+            raise GloraError(
+                Reason.DATA_INVALID,
+                f"{place}: it is not a result of this version of `glora simulate`; give a new folder with --out.",
+            ) from error
+
+
+def settings_digest(spec: SimSpec, entry: StrategyEntry, data: str) -> str:
+    """Names all that a strategy's results depend on besides the seed: 16 hex digits; `data` is the files' digest."""
+    common = spec.model_dump(mode="json", exclude={"name", "seeds", "strategies"})
+    own = entry.model_dump(mode="json", exclude={"label"})
+    text = json.dumps([common, own, data], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_results(path: Path) -> tuple[Result, ...]:
+    """The rows of a file, none when there is no such file; raises DATA_INVALID naming the line."""
+    if not path.exists():
+        return ()
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return tuple(Result.from_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line)
+
+
+def append_results(path: Path, rows: Iterable[Result]) -> None:
+    """Add the rows of one finished pair in one piece, so that a file has all rows of a pair or none."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(f"{row.to_json()}\n" for row in rows))
+
+
+def wanted_rows(rows: Sequence[Result], spec: SimSpec, digests: dict[str, str], path: Path) -> tuple[Result, ...]:
+    """The rows that answer to this simulation; `digests` has the settings of every strategy by label.
+
+    Raises SPEC_INVALID when one of its pairs was made with other settings or is not whole.
+    """
+    pairs = {(entry.title, seed) for entry in spec.strategies for seed in spec.seeds}
+    ours = tuple(row for row in rows if (row.strategy, row.seed) in pairs)
+    other = sorted({row.strategy for row in ours if row.settings != digests[row.strategy]})
+    if other:
+        raise GloraError(
+            Reason.SPEC_INVALID,
+            f"{path} has results of {', '.join(other)} that were made with other settings or other data; give a new "
+            "folder with --out, or delete the file.",
+        )
+    finished = {pair_of(row) for row in ours if row.round == spec.rounds}
+    return tuple(row for row in ours if pair_of(row) in finished)
+
+
+def pair_of(row: Result) -> Pair:
+    """The strategy and seed of a row."""
+    return row.strategy, row.seed
