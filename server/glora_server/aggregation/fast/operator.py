@@ -55,13 +55,16 @@ def unit_rows(group: Group, part: slice, dtype: torch.dtype) -> Tensor:
 
 
 class VoteOperator:
-    """K of the subspaces projector, ridge and energy."""
+    """K of all subspaces but mean; `bounded`: its eigenvalues are votes, not energies.
 
-    def __init__(self, groups: Sequence[Group]) -> None:
+    Energies span the square of the range of σ, which leaves no room for the rounding of bfloat16.
+    """
+
+    def __init__(self, groups: Sequence[Group], *, bounded: bool) -> None:
         self._groups = groups
         self._tails = [group.tail.u.float() for group in groups]
         self._votes = [group.vote.float() for group in groups]
-        self._low = low_precision(groups[0].batch.b[0].device)
+        self._low = low_precision(groups[0].batch.b[0].device) if bounded else torch.float32
         values = sum(len(group.batch.b) * group.batch.b[0].numel() for group in groups)
         self._keeps = values * self._low.itemsize <= _CACHE_BYTES
         self._kept: list[_Chunk] = []

@@ -29,6 +29,7 @@ _SLOWEST = 0.9
 _MOST_STEPS = 12
 _SQUARED_ROUNDING = 1e-6
 _LOW_ROUNDING = 2.0**-8
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +56,10 @@ def leading(groups: Sequence[Group], subspace: Subspace, rank: int, *, start: Te
     """TopEig_R(K); `start` (d×k, orthonormal) is where the space was in the last round."""
     if prefers_gram(groups, rank):
         return _by_gram(groups, subspace, rank)
-    operator: Operator = MeanOperator(groups) if subspace is Subspace.MEAN else VoteOperator(groups)
-    return _by_krylov(operator, _start(groups, rank, start), rank)
+    bounded = subspace in {Subspace.PROJECTOR, Subspace.RIDGE}
+    operator: Operator = MeanOperator(groups) if subspace is Subspace.MEAN else VoteOperator(groups, bounded=bounded)
+    floor = _LOW_ROUNDING if bounded else _ROUNDING
+    return _by_krylov(operator, _start(groups, rank, start), rank, floor=floor)
 
 
 def _columns(groups: Sequence[Group]) -> int:
@@ -72,7 +75,7 @@ def _start(groups: Sequence[Group], rank: int, known: Tensor | None) -> Tensor:
     return drawn if known is None else torch.cat([known[:, :held].float(), drawn], dim=1)
 
 
-def _by_krylov(operator: Operator, start: Tensor, rank: int) -> Span:
+def _by_krylov(operator: Operator, start: Tensor, rank: int, *, floor: float) -> Span:
     block = orthonormal(start)
     basis = images = start[:, :0]
     core = torch.zeros((0, 0), dtype=torch.float64, device=start.device)
@@ -85,7 +88,7 @@ def _by_krylov(operator: Operator, start: Tensor, rank: int) -> Span:
         values, vectors = torch.linalg.eigh(core)
         if converged(values.flip(0)) or basis.shape[1] + block.shape[1] > basis.shape[0]:
             break
-        block = _next_block(basis, image, largest=float(values[-1]))
+        block = _next_block(basis, image, floor=floor * float(values[-1]))
         if block.shape[1] == 0:
             break
     rough = basis @ vectors.flip(1)[:, :rank].float()
@@ -124,10 +127,10 @@ def _bordered(core: Tensor, last: Tensor) -> Tensor:
     return grown
 
 
-def _next_block(basis: Tensor, image: Tensor, *, largest: float) -> Tensor:
+def _next_block(basis: Tensor, image: Tensor, *, floor: float) -> Tensor:
     """Orthonormal columns of what K's image has outside of the basis, beyond rounding; may have none."""
     rest = image - basis @ (basis.mT @ image)
-    return orthonormal(rest, floor=_LOW_ROUNDING * largest, outside=basis)
+    return orthonormal(rest, floor=floor, outside=basis)
 
 
 def orthonormal(columns: Tensor, *, floor: float = 0.0, outside: Tensor | None = None) -> Tensor:
