@@ -20,7 +20,7 @@ from glora_cli.demo_run import HOST, child_environment, free_port
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 _GLORA = [sys.executable, "-P", "-c", "from glora_cli.main import main; main()"]
-_SHORT = ["--rounds", "2", "--devices", "2", "--ranks", "2,8", "--steps", "20"]
+_SHORT = ["--rounds", "2", "--devices", "2", "--ranks", "2,8"]
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -68,7 +68,7 @@ def test_demo_trains_reports_and_exports(tmp_path: Path) -> None:
         taken.bind((HOST, 0))
         taken.listen(1)
         port = taken.getsockname()[1]
-        done = _demo(tmp_path, *_SHORT, "--json", "--port", str(port))
+        done = _demo(tmp_path, *_SHORT, "--steps", "45", "--json", "--port", str(port))
     assert done.returncode == 0, done.stderr
     assert f"port {port} is in use, taking" in done.stderr
     report: dict[str, Any] = json.loads(done.stdout)

@@ -152,6 +152,7 @@ def test_runs_at_the_same_time_are_isolated(trained: Trained) -> None:
     assert len(theirs) == 4 * OTHER_ROUNDS
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # of peft in transformers
 @pytest.mark.parametrize(("flavour", "rank"), [("peft", 16), ("serving", 16), ("peft", 4)])
 def test_the_export_is_as_good_as_the_server_says(trained: Trained, tmp_path: Path, flavour: str, rank: int) -> None:
     folder = tmp_path / "adapter"
