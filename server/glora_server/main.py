@@ -140,12 +140,21 @@ class Server:
         opener = Opener(store=store, hub=hub, engine=engine)
         catalogue = Catalogue(numerics)
         readouts = Readouts(store=store, blobs=blobs, numerics=numerics, workspace=workspace)
-        Judge(store=store, blobs=blobs, numerics=numerics, engine=engine, observer=self.metrics)
+        Judge(
+            store=store,
+            blobs=blobs,
+            numerics=numerics,
+            readouts=readouts,
+            catalogue=catalogue,
+            engine=engine,
+            observer=self.metrics,
+        )
         Folder(
             store=store,
             blobs=blobs,
             numerics=numerics,
             readouts=readouts,
+            catalogue=catalogue,
             engine=engine,
             hub=hub,
             observer=self.metrics,
@@ -167,6 +176,7 @@ class Server:
                 blobs=blobs,
                 engine=engine,
                 hub=hub,
+                catalogue=catalogue,
                 workspace=workspace,
                 places=asyncio.Semaphore(settings.grpc.max_concurrent_uploads),
             ),

@@ -144,12 +144,21 @@ class World:
         readouts = Readouts(
             store=store, blobs=self.blobs, numerics=self.numerics, workspace=self.workspace, clock=self.clock
         )
-        Judge(store=store, blobs=self.blobs, numerics=self.numerics, engine=engine, observer=watcher)
+        Judge(
+            store=store,
+            blobs=self.blobs,
+            numerics=self.numerics,
+            readouts=readouts,
+            catalogue=catalogue,
+            engine=engine,
+            observer=watcher,
+        )
         Folder(
             store=store,
             blobs=self.blobs,
             numerics=self.numerics,
             readouts=readouts,
+            catalogue=catalogue,
             engine=engine,
             hub=hub,
             observer=watcher,
@@ -168,6 +177,7 @@ class World:
                 blobs=self.blobs,
                 engine=engine,
                 hub=hub,
+                catalogue=catalogue,
                 workspace=self.workspace,
                 places=asyncio.Semaphore(self.places),
             ),

@@ -35,6 +35,17 @@ from glora_wire.payload import read_header
 Array = NDArray[np.float32]
 
 
+_GLORA = StrategyInfo(
+    name="glora",
+    summary="mean",
+    train_mask="both",
+    init="readout",
+    upload_set="both",
+    mixed_ranks=True,
+    needs_sent=True,
+)
+
+
 class Crash(BaseException):
     """The process ends here, as far as a test is concerned: no handler of ordinary errors sees it."""
 
@@ -121,10 +132,13 @@ class TinyNumerics(NumericsEngine):
 
     async def strategies(self) -> tuple[StrategyInfo, ...]:
         self._begin("strategies")
-        info = StrategyInfo(
-            name="glora", summary="mean", train_mask="both", init="readout", upload_set="all", mixed_ranks=True
-        )
-        return (info,)
+        return (_GLORA,)
+
+    async def describe(self, choice: StrategyChoice, *, round_index: int) -> StrategyInfo:
+        self._begin("describe")
+        assert choice.name == _GLORA.name
+        assert round_index >= 0
+        return _GLORA
 
     async def check_strategy(self, choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) -> Refusal | None:
         self._begin("check_strategy")

@@ -25,6 +25,7 @@ from glora_server.coordinator.messages import (
     WorkOffer,
 )
 from glora_server.coordinator.model import Device, DeviceState, Measurement, Profile, Run, Version
+from glora_server.coordinator.offers import offered_adapters
 from glora_server.coordinator.opening import Opener, seed_of
 from glora_server.coordinator.ports import Store, UnitOfWork
 from glora_server.coordinator.readouts import Readouts
@@ -128,18 +129,30 @@ class DeviceService:
         run, version, number = await self.store.read(partial(_context, assignment))
         spec = RunSpec.from_json(run.spec_json)
         train = assignment.kind is AssignmentKind.TRAIN
+        wanted = await self.catalogue.of_round(spec, number)
+        limit = max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype, wanted.upload_set)
         return WorkOffer(
             assignment=assignment,
             run=run,
             spec=spec,
             round_number=number,
             version=version,
-            adapters=_adapters(assignment),
-            strategy=await self.catalogue.get(spec.strategy.name),
-            max_upload_bytes=max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype) if train else 0,
+            adapters=await self._adapters(assignment),
+            strategy=wanted,
+            max_upload_bytes=limit if train else 0,
             seed=seed_of(spec.seed, run.id, number, assignment.device_id),
             deadline_at=await self._deadline(assignment),
         )
+
+    async def _adapters(self, assignment: Assignment) -> tuple[AdapterOffer, ...]:
+        """What the device downloads; the same answer for as long as the assignment is open."""
+        run, version, number = await self.store.read(partial(_context, assignment))
+        wanted = await self.catalogue.of_round(RunSpec.from_json(run.spec_json), number)
+        held = 0
+        if wanted.frozen:
+            ranks = await self.store.read(lambda uow: uow.versions.module_ranks(version.id))
+            held = max(ranks.values(), default=0)
+        return offered_adapters(assignment, wanted, held)
 
     async def _deadline(self, assignment: Assignment) -> float:
         """Evaluations have no round whose deadline could move: they get their time again whenever they are offered."""
@@ -224,17 +237,19 @@ class DeviceService:
         assignment = await self.store.read(partial(_own, device, assignment_id))
         if not assignment.is_open:
             raise assignment_closed(assignment)
-        rank = next((offer.rank for offer in _adapters(assignment) if offer.key == key), None)
-        if rank is None:
+        offer = next((offer for offer in await self._adapters(assignment) if offer.key == key), None)
+        if offer is None:
             raise GloraError(Reason.ADAPTER_UNKNOWN, f"The assignment has no adapter {key!r}.", adapter=key)
         run, version, _ = await self.store.read(partial(_context, assignment))
-        readout = await self.readouts.ensure(run, version, rank)
+        readout = await self.readouts.ensure(run, version, offer.rank, variant=offer.variant, first=offer.first)
         _check_resume(readout.digest, offset, digest)
         spec = RunSpec.from_json(run.spec_json)
         path, release = await asyncio.to_thread(self.readouts.open, readout)
+        # Dropout is for what is trained: the frozen part is the model as it is.
+        dropout = 0.0 if offer.use == "frozen" else spec.lora.dropout
         return OpenAdapter(
             digest=readout.digest,
-            adapter_config_json=config_json(run.manifest, rank=rank, scale=spec.lora.scale, dropout=spec.lora.dropout),
+            adapter_config_json=config_json(run.manifest, rank=offer.rank, scale=spec.lora.scale, dropout=dropout),
             path=path,
             release=release,
         )
@@ -242,7 +257,7 @@ class DeviceService:
     async def delivered(self, device: Device, assignment_id: AssignmentId, key: str) -> None:
         """An adapter went out whole."""
         assignment = await self.store.read(partial(_own, device, assignment_id))
-        offers = _adapters(assignment)
+        offers = await self._adapters(assignment)
         if key == offers[-1].key and assignment.is_open:
             await self._move(
                 assignment, Deliver(self.hub.traffic_of(assignment_id).down)
@@ -293,12 +308,6 @@ class DeviceService:
             reason=str(assignment.reason or Reason.ASSIGNMENT_CLOSED),
             deadline_at=assignment.deadline_at,
         )
-
-
-def _adapters(assignment: Assignment) -> tuple[AdapterOffer, ...]:
-    if assignment.kind is AssignmentKind.EVALUATE:
-        return tuple(AdapterOffer(key=f"r{rank}", use="evaluate", rank=rank) for rank in assignment.ranks)
-    return (AdapterOffer(key="train", use="train", rank=assignment.rank),)
 
 
 def _own(device: Device, assignment_id: AssignmentId, uow: UnitOfWork) -> Assignment:

@@ -10,6 +10,7 @@ from glora_server.coordinator.run_spec import RunSpec
 from glora_wire.adapter_config import adapter_config_json, scales_from_config
 from glora_wire.errors import GloraError, Reason
 from glora_wire.manifest import Manifest, adapter_specs
+from glora_wire.names import LoraKey, split_key
 from glora_wire.payload import payload_bytes
 from glora_wire.payload_check import check_specs
 from glora_wire.payload_reader import read_header
@@ -21,14 +22,20 @@ _HEADS: Final = frozenset({"classifier", "score"})
 """Names that PEFT itself saves whole for sequence classification."""
 
 
-def upload_specs(manifest: Manifest, rank: int, dtype: TensorDtype) -> tuple[TensorSpec, ...]:
-    """The tensors of an update."""
-    return adapter_specs(manifest, rank, dtype)
+def upload_specs(manifest: Manifest, rank: int, dtype: TensorDtype, upload_set: str = "both") -> tuple[TensorSpec, ...]:
+    """The tensors of an update: the dense ones and the factors of `upload_set` ("both", "a" or "b")."""
+    specs = adapter_specs(manifest, rank, dtype)
+    return tuple(spec for spec in specs if _is_uploaded(spec.name, upload_set))
 
 
-def max_upload_bytes(manifest: Manifest, rank: int, dtype: TensorDtype) -> int:
+def _is_uploaded(name: str, upload_set: str) -> bool:
+    key = split_key(name)
+    return not isinstance(key, LoraKey) or upload_set in {"both", key.factor.lower()}
+
+
+def max_upload_bytes(manifest: Manifest, rank: int, dtype: TensorDtype, upload_set: str = "both") -> int:
     """The largest file that can hold an update; other writers than ours may spend more on the header."""
-    specs = upload_specs(manifest, rank, dtype)
+    specs = upload_specs(manifest, rank, dtype, upload_set)
     return payload_bytes(specs) + _HEADER_SLACK_BYTES + _HEADER_SLACK_PER_TENSOR * len(specs)
 
 
@@ -77,6 +84,17 @@ def check_scales(text: str, manifest: Manifest, spec: RunSpec, rank: int) -> Map
     return {module: found.scale for module, found in scales.items()}
 
 
-def check_file(path: Path, manifest: Manifest, rank: int, dtype: TensorDtype) -> None:
+def check_file(path: Path, manifest: Manifest, rank: int, dtype: TensorDtype, upload_set: str = "both") -> None:
     """Check that the file's header announces exactly the planned tensors; raises with the reason that fits."""
-    check_specs(read_header(path), upload_specs(manifest, rank, dtype))
+    check_specs(read_header(path), upload_specs(manifest, rank, dtype, upload_set))
+
+
+def uploaded_rank(text: str, manifest: Manifest, granted: int, *, may_shrink: bool) -> int:
+    """The rank of an update by its adapter_config: what was granted, or less where devices may shrink it.
+
+    A rank that is not allowed is left to `check_scales` to refuse. Raises CONFIG_INVALID.
+    """
+    if not may_shrink:
+        return granted
+    found = scales_from_config(text, [module.name for module in manifest.modules])
+    return min(granted, min((item.rank for item in found.values()), default=granted))

@@ -19,8 +19,9 @@ from functools import partial
 import structlog
 
 from glora_server.coordinator.blob_files import delete_all, local_file
+from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.engine import Engine
-from glora_server.coordinator.expectations import check_scales
+from glora_server.coordinator.expectations import check_scales, uploaded_rank
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import (
     ModuleDiagnostics,
@@ -76,6 +77,7 @@ class Folder:
         blobs: Blobs,
         numerics: NumericsEngine,
         readouts: Readouts,
+        catalogue: Catalogue,
         engine: Engine,
         hub: Hub,
         observer: Observer,
@@ -84,6 +86,7 @@ class Folder:
         self._blobs = blobs
         self._numerics = numerics
         self._readouts = readouts
+        self._catalogue = catalogue
         self._engine = engine
         self._hub = hub
         self._observer = observer
@@ -170,19 +173,22 @@ class Folder:
             max_rows=spec.limits.max_training_rows,
             max_share=spec.limits.max_weight_share,
         )
+        wanted = await self._catalogue.of_round(spec, work.round.number)
         refs = []
         for upload, share in zip(work.uploads, shares, strict=True):
-            rank = work.round.find(upload.assignment_id).rank
-            sent = await self._readouts.ensure(work.run, work.base, rank)
+            granted, text = work.round.find(upload.assignment_id).rank, upload.adapter_config_json
+            rank = uploaded_rank(text, work.run.manifest, granted, may_shrink=wanted.may_shrink)
+            sent = None
+            if wanted.needs_sent:
+                readout = await self._readouts.ensure(work.run, work.base, granted)
+                sent = await files.enter_async_context(local_file(self._blobs, readout.digest))
             refs.append(
                 UpdateRef(
                     device_id=upload.device_id,
                     path=await files.enter_async_context(local_file(self._blobs, upload.digest)),
-                    scales=await asyncio.to_thread(
-                        check_scales, upload.adapter_config_json, work.run.manifest, spec, rank
-                    ),
+                    scales=await asyncio.to_thread(check_scales, text, work.run.manifest, spec, rank),
                     weight=share,
-                    sent_path=await files.enter_async_context(local_file(self._blobs, sent.digest)),
+                    sent_path=sent,
                     sent_scale=spec.lora.scale,
                 )
             )

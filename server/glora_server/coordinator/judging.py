@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import structlog
 
 from glora_server.coordinator.blob_files import local_file
+from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.engine import Engine, one
-from glora_server.coordinator.expectations import check_file, check_scales, upload_specs
-from glora_server.coordinator.model import Owed, OwedKind, Run, Upload
+from glora_server.coordinator.expectations import check_file, check_scales, upload_specs, uploaded_rank
+from glora_server.coordinator.model import Owed, OwedKind, Run, Upload, Version
 from glora_server.coordinator.numerics import retrying
 from glora_server.coordinator.observer import Observer
 from glora_server.coordinator.ports import Blobs, CheckJob, NumericsEngine, Store, UnitOfWork
+from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.transitions import Transition, step
 from glora_server.rounds.assignment import AcceptUpdate, Assignment, AssignmentPhase, RejectUpdate
@@ -24,26 +27,46 @@ from glora_wire.errors import GloraError, Reason, Refusal
 log = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Case:
+    """An update that is to be judged, the round that it is for and the version that it was made from."""
+
+    run: Run
+    round_number: int
+    base: Version
+    assignment: Assignment
+    upload: Upload
+
+
 class Judge:
     """Performs the owed effect "validate"."""
 
     def __init__(
-        self, *, store: Store, blobs: Blobs, numerics: NumericsEngine, engine: Engine, observer: Observer
+        self,
+        *,
+        store: Store,
+        blobs: Blobs,
+        numerics: NumericsEngine,
+        readouts: Readouts,
+        catalogue: Catalogue,
+        engine: Engine,
+        observer: Observer,
     ) -> None:
         self._store = store
         self._blobs = blobs
         self._numerics = numerics
+        self._readouts = readouts
+        self._catalogue = catalogue
         self._engine = engine
         self._observer = observer
         engine.handle(OwedKind.VALIDATE, self.validate)
 
     async def validate(self, owed: Owed) -> None:
         """Judge the update of the owed assignment; harmless when that was done before or the round is over."""
-        found = await self._store.read(partial(_load, owed))
-        if found is None:
+        case = await self._store.read(partial(_load, owed))
+        if case is None:
             return
-        run, assignment, upload = found
-        refusal, norm = await self._verdict(run, assignment, upload)
+        refusal, norm = await self._verdict(case)
         done = await self._engine.commit(partial(self._enter, owed, refusal, norm), moved=one)
         if done is None:
             return
@@ -51,21 +74,21 @@ class Judge:
         if refusal is not None:
             log.warning(
                 "update_rejected",
-                run=run.name,
-                assignment=assignment.id,
-                device=assignment.device_id,
+                run=case.run.name,
+                assignment=case.assignment.id,
+                device=case.assignment.device_id,
                 reason=str(refusal.reason),
                 message=refusal.message,
             )
 
-    async def _verdict(self, run: Run, assignment: Assignment, upload: Upload) -> tuple[Refusal | None, float | None]:
+    async def _verdict(self, case: _Case) -> tuple[Refusal | None, float | None]:
         """The refusal, or None and the norm; trouble that passes is raised and leaves the verdict owed.
 
         An update that ends the worker three times in a row is refused: the round must not wait for it for ever.
         """
         try:
-            async with local_file(self._blobs, upload.digest) as path:
-                result = await retrying(partial(self._numerics.check, await self._job(run, assignment, upload, path)))
+            async with AsyncExitStack() as files:
+                result = await retrying(partial(self._numerics.check, await self._job(case, files)))
         except GloraError as error:
             if error.retry_after is not None:
                 raise
@@ -75,16 +98,25 @@ class Judge:
             return Refusal(reason=Reason.INTERNAL, message=message), None
         return result.refusal, result.norm
 
-    async def _job(self, run: Run, assignment: Assignment, upload: Upload, path: Path) -> CheckJob:
+    async def _job(self, case: _Case, files: AsyncExitStack) -> CheckJob:
         """The judgement of the numbers; raises what is wrong with the headers."""
+        run, text = case.run, case.upload.adapter_config_json
         spec = RunSpec.from_json(run.spec_json)
-        scales = await asyncio.to_thread(check_scales, upload.adapter_config_json, run.manifest, spec, assignment.rank)
-        await asyncio.to_thread(check_file, path, run.manifest, assignment.rank, spec.wire.dtype)
+        wanted = await self._catalogue.of_round(spec, case.round_number)
+        path = await files.enter_async_context(local_file(self._blobs, case.upload.digest))
+        rank = uploaded_rank(text, run.manifest, case.assignment.rank, may_shrink=wanted.may_shrink)
+        scales = await asyncio.to_thread(check_scales, text, run.manifest, spec, rank)
+        await asyncio.to_thread(check_file, path, run.manifest, rank, spec.wire.dtype, wanted.upload_set)
+        sent = None
+        if wanted.upload_set != "both":
+            readout = await self._readouts.ensure(run, case.base, case.assignment.rank)
+            sent = await files.enter_async_context(local_file(self._blobs, readout.digest))
         return CheckJob(
             path=path,
             scales=scales,
-            expected=upload_specs(run.manifest, assignment.rank, spec.wire.dtype),
+            expected=upload_specs(run.manifest, rank, spec.wire.dtype, wanted.upload_set),
             max_norm=spec.limits.max_update_norm,
+            sent_path=sent,
         )
 
     def _enter(self, owed: Owed, refusal: Refusal | None, norm: float | None, uow: UnitOfWork) -> Transition | None:
@@ -95,7 +127,7 @@ class Judge:
         return step(uow, owed.round_id, Moved(owed.assignment_id, verdict), at=self._engine.clock())
 
 
-def _load(owed: Owed, uow: UnitOfWork) -> tuple[Run, Assignment, Upload] | None:
+def _load(owed: Owed, uow: UnitOfWork) -> _Case | None:
     """What is to be judged; None when there is nothing to judge any more."""
     if owed.assignment_id is None:
         return None
@@ -104,4 +136,10 @@ def _load(owed: Owed, uow: UnitOfWork) -> tuple[Run, Assignment, Upload] | None:
     upload = uow.uploads.find(owed.assignment_id)
     if round_.phase not in GATHERING or assignment.phase is not AssignmentPhase.RECEIVED or upload is None:
         return None
-    return uow.runs.get(owed.run_id), assignment, upload
+    return _Case(
+        run=uow.runs.get(owed.run_id),
+        round_number=round_.number,
+        base=uow.versions.get(assignment.version_id),
+        assignment=assignment,
+        upload=upload,
+    )

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from glora_server.coordinator.model import Device, MetricPhase, Profile, Run, Version
-from glora_server.coordinator.ports import StrategyInfo
+from glora_server.coordinator.ports import ReadoutVariant, StrategyInfo
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.rounds.assignment import Assignment
 from glora_wire.digests import Digest
@@ -30,6 +30,9 @@ class AdapterOffer:
     key: str
     use: AdapterUseName
     rank: int
+    variant: ReadoutVariant = "train"
+    first: int = 0
+    """How many leading directions of the state a "tail" leaves out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -191,13 +191,14 @@ class Upload:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readout:
-    """A rendered adapter in the blob store."""
+    """A rendered adapter in the blob store; `variant` says what was cut from the state (ports.ReadoutVariant)."""
 
     version_id: VersionId
     rank: int
     dtype: str
     digest: Digest
     created_at: float
+    variant: str = "train"
 
 
 class MetricPhase(StrEnum):

@@ -526,7 +526,10 @@ class NumericsEngine(Protocol):
         ...
 
     async def describe(self, choice: StrategyChoice, *, round_index: int) -> StrategyInfo:
-        """What the strategy wants with these options in that round, from 0; raises STRATEGY_UNKNOWN or _OPTIONS."""
+        """What the strategy wants with these options in that round, from 0; raises STRATEGY_UNKNOWN or _OPTIONS.
+
+        It differs between even and odd rounds at most.
+        """
         ...
 
     async def check_strategy(self, choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) -> Refusal | None:

@@ -1,4 +1,7 @@
-"""Adapters that are cut from a state: rendered once per (version, rank, dtype), kept as blobs, shared by devices."""
+"""Adapters that are cut from a state: rendered once, kept as blobs, shared by devices.
+
+One rendering per version, rank, number format and variant (what is cut, see ports.ReadoutVariant).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from glora_server.coordinator.model import Readout, Run, StatePart, Version, new_id
 from glora_server.coordinator.numerics import retrying
-from glora_server.coordinator.ports import Blobs, NumericsEngine, RenderJob, Store, StrategyChoice, UnitOfWork
+from glora_server.coordinator.ports import (
+    Blobs,
+    NumericsEngine,
+    ReadoutVariant,
+    RenderJob,
+    Store,
+    StrategyChoice,
+    UnitOfWork,
+)
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.workspace import Workspace
 from glora_server.rounds.ids import VersionId
@@ -25,6 +37,11 @@ from glora_wire.tensors import TensorDtype, TensorSpec
 
 SHARD_BYTES = 32 * 1024 * 1024
 """How much of a state is in memory at a time."""
+
+_FROZEN: Final = frozenset({"tail", "state"})
+"""Variants that devices load beside the adapter that they train; that one has the dense tensors."""
+
+_Key = tuple[VersionId, int, ReadoutVariant]
 
 
 class Readouts:
@@ -44,36 +61,50 @@ class Readouts:
         self._numerics = numerics
         self._workspace = workspace
         self._clock = clock
-        self._making: dict[tuple[VersionId, int], asyncio.Task[Readout]] = {}
+        self._making: dict[_Key, asyncio.Task[Readout]] = {}
 
-    async def ensure(self, run: Run, version: Version, rank: int) -> Readout:
+    async def ensure(
+        self, run: Run, version: Version, rank: int, *, variant: ReadoutVariant = "train", first: int = 0
+    ) -> Readout:
         """The adapter of that rank in the run's wire format; rendered now when it is asked for the first time.
 
-        Everyone who asks meanwhile shares one rendering, which goes on also when all of them go away.
+        `first` is how many directions a "tail" leaves out; a version has one tail of each rank. Everyone who asks
+        meanwhile shares one rendering, which goes on also when all of them go away.
         """
-        key = (version.id, rank)
+        key = (version.id, rank, variant)
         task = self._making.get(key)
         if task is None:
-            task = self._making[key] = asyncio.create_task(self._ensure(run, version, rank))
+            task = self._making[key] = asyncio.create_task(self._ensure(run, version, rank, variant, first))
             task.add_done_callback(partial(self._made, key))
         return await asyncio.shield(task)
 
-    def _made(self, key: tuple[VersionId, int], task: asyncio.Task[Readout]) -> None:
+    def _made(self, key: _Key, task: asyncio.Task[Readout]) -> None:
         del self._making[key]
         if not task.cancelled():
             task.exception()  # those who still wait get it; nobody may be left
 
-    async def _ensure(self, run: Run, version: Version, rank: int) -> Readout:
+    async def _ensure(self, run: Run, version: Version, rank: int, variant: ReadoutVariant, first: int) -> Readout:
         spec = RunSpec.from_json(run.spec_json)
         dtype = spec.wire.dtype
-        known = await self._store.read(lambda uow: uow.versions.readout(version.id, rank, dtype.value))
+        known = await self._store.read(lambda uow: uow.versions.readout(version.id, rank, dtype.value, variant))
         if known is not None and await asyncio.to_thread(self._blobs.exists, known.digest):
             return known
         path = self._workspace.scratch / f"readout-{new_id()}"
         try:
             ranks = dict.fromkeys((module.name for module in run.manifest.modules), rank)
-            await self.render(run, version, ranks=ranks, scale=spec.lora.scale, dtype=dtype, path=path)
-            return await self._keep(path, version, rank, dtype, spec.wire.hash)
+            await self.render(
+                run, version, ranks=ranks, scale=spec.lora.scale, dtype=dtype, path=path, variant=variant, first=first
+            )
+            digest = await asyncio.to_thread(_sync_and_digest, path, spec.wire.hash)
+            readout = Readout(
+                version_id=version.id,
+                rank=rank,
+                dtype=dtype.value,
+                variant=variant,
+                digest=digest,
+                created_at=self._clock(),
+            )
+            return await self._keep(path, readout)
         finally:
             await asyncio.to_thread(partial(path.unlink, missing_ok=True))
 
@@ -83,7 +114,16 @@ class Readouts:
         return stack.enter_context(self._blobs.local(readout.digest)), stack.close
 
     async def render(
-        self, run: Run, version: Version, *, ranks: Mapping[str, int], scale: float, dtype: TensorDtype, path: Path
+        self,
+        run: Run,
+        version: Version,
+        *,
+        ranks: Mapping[str, int],
+        scale: float,
+        dtype: TensorDtype,
+        path: Path,
+        variant: ReadoutVariant = "train",
+        first: int = 0,
     ) -> None:
         """Write the adapter file of `version` at `path`, each module at its rank of `ranks`.
 
@@ -98,6 +138,8 @@ class Readouts:
             )
         spec = RunSpec.from_json(run.spec_json)
         stored = set(await self._store.read(lambda uow: uow.versions.part_names(version.id)))
+        if variant in _FROZEN:
+            stored &= {module.name for module in run.manifest.modules}
         await asyncio.to_thread(_lay_out, path, present_specs(run.manifest, stored, ranks, dtype))
         for rank, names in _by_rank(run.manifest, stored, ranks):
             for shard in shards(names, run.manifest, spec.lora.max_rank):
@@ -110,15 +152,13 @@ class Readouts:
                     seed=spec.seed,
                     version_number=version.number,
                     style=spec.lora.readout,
+                    variant=variant,
+                    first=first,
                 )
                 await retrying(partial(self._numerics.render, job))
 
-    async def _keep(
-        self, path: Path, version: Version, rank: int, dtype: TensorDtype, algorithm: HashAlgorithm
-    ) -> Readout:
-        digest = await asyncio.to_thread(_sync_and_digest, path, algorithm)
-        await asyncio.to_thread(self._blobs.adopt, path, digest)
-        readout = Readout(version_id=version.id, rank=rank, dtype=dtype.value, digest=digest, created_at=self._clock())
+    async def _keep(self, path: Path, readout: Readout) -> Readout:
+        await asyncio.to_thread(self._blobs.adopt, path, readout.digest)
         await self._store.write(lambda uow: uow.versions.put_readout(readout))
         return readout
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import structlog
 
+from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.engine import Engine, one
 from glora_server.coordinator.errors import assignment_closed, not_yours, storage_error
 from glora_server.coordinator.expectations import max_upload_bytes
@@ -47,6 +48,7 @@ class UploadService:
     blobs: Blobs
     engine: Engine
     hub: Hub
+    catalogue: Catalogue
     workspace: Workspace
     places: asyncio.Semaphore
     verdict_seconds: float = 600.0
@@ -87,7 +89,7 @@ class UploadService:
         if known is not None and known.state != "discarded":
             return known
         round_id = _uploadable(assignment, upload, header.digest)
-        await self._check_header(assignment, header)
+        await self._check_header(assignment, round_id, header)
         return assignment, round_id
 
     async def _take_over(
@@ -192,10 +194,13 @@ class UploadService:
                 return known or UploadStatus(state="partial", committed_bytes=0)
             await self.hub.signals.wait(key, seen, left)
 
-    async def _check_header(self, assignment: Assignment, header: UploadHeader) -> None:
-        run = await self.store.read(lambda uow: uow.runs.get(assignment.run_id))
+    async def _check_header(self, assignment: Assignment, round_id: RoundId, header: UploadHeader) -> None:
+        run, number = await self.store.read(
+            lambda uow: (uow.runs.get(assignment.run_id), uow.rounds.get(round_id).number)
+        )
         spec = RunSpec.from_json(run.spec_json)
-        limit = max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype)
+        wanted = await self.catalogue.of_round(spec, number)
+        limit = max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype, wanted.upload_set)
         if header.digest.size > limit:
             raise GloraError(
                 Reason.UPLOAD_TOO_LARGE,

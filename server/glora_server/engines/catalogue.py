@@ -85,7 +85,7 @@ def _not_served(name: str, contract: ClientContract) -> str | None:
             f"Strategy {name} leaves each device a B of its own, so that a run would have no model to evaluate or "
             "export; choose another one, such as ffa, or use it through glora_server.aggregation."
         )
-    if TrainMask.CORE == contract.train or UploadSet.CORE == contract.upload:
+    if contract.train is TrainMask.CORE or contract.upload is UploadSet.CORE:
         return (
             f"Strategy {name} trains a core between frozen factors, which devices cannot do yet; "
             "choose another one, such as glora, or use it through glora_server.aggregation."

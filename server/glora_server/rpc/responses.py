@@ -103,8 +103,7 @@ def _plan(offer: WorkOffer) -> types_pb2.TrainingPlan:
         train_mask=types_pb2.TrainMask.Value(f"TRAIN_MASK_{strategy.train_mask.upper()}"),
         init=types_pb2.InitSource.Value(f"INIT_SOURCE_{strategy.init.upper()}"),
         upload_set=types_pb2.UploadSet.Value(f"UPLOAD_SET_{strategy.upload_set.upper()}"),
-        # Every readout has coordinates of its own, in which old moments mean nothing.
-        reset_optimizer=True,
+        reset_optimizer=strategy.reset_optimizer,
         allow_early_stop=training.allow_early_stop,
         evaluate_before=offer.spec.evaluation.before,
         evaluate_after=offer.spec.evaluation.after,

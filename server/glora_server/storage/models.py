@@ -225,6 +225,7 @@ class ReadoutRow(Base):
     version_id: Mapped[VersionKey]
     rank: Mapped[RankKey]
     dtype: Mapped[Key]
+    variant: Mapped[Key]
     digest: Mapped[DigestColumn]
     created_at: Mapped[float]
 

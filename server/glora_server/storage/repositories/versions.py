@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import delete, exists, select, update
 from sqlalchemy.exc import IntegrityError
@@ -186,10 +187,20 @@ class VersionRepository:
             self._session.connection.execute(statement)
         return tuple(readout for readout in dropped if not self._referred(readout))
 
-    def readout(self, version_id: VersionId, rank: int, dtype: str) -> Readout | None:
+    def module_ranks(self, version_id: VersionId) -> Mapping[str, int]:
+        """How many directions the state of each module holds, by name; reads no tensors."""
+        statement = select(TensorRow.part, TensorRow.shape).where(
+            TensorRow.version_id == version_id, TensorRow.tensor == "sigma"
+        )
+        return {row.part: math.prod(row.shape) for row in self._session.rows(statement)}
+
+    def readout(self, version_id: VersionId, rank: int, dtype: str, variant: str = "train") -> Readout | None:
         """The rendered adapter, where there is one."""
         statement = columns_of(ReadoutRow).where(
-            ReadoutRow.version_id == version_id, ReadoutRow.rank == rank, ReadoutRow.dtype == dtype
+            ReadoutRow.version_id == version_id,
+            ReadoutRow.rank == rank,
+            ReadoutRow.dtype == dtype,
+            ReadoutRow.variant == variant,
         )
         row = self._session.first(statement)
         return None if row is None else built(Readout, row)

@@ -198,10 +198,11 @@ def _tensors() -> None:
         sa.Column("version_id", sa.Text(), nullable=False),
         sa.Column("rank", sa.Integer(), nullable=False),
         sa.Column("dtype", sa.Text(), nullable=False),
+        sa.Column("variant", sa.Text(), nullable=False),
         sa.Column("digest", sa.Text(), nullable=False),
         sa.Column("created_at", sa.Double(), nullable=False),
         sa.ForeignKeyConstraint(["version_id"], ["versions.id"], name=op.f("fk_readouts_version_id_versions")),
-        sa.PrimaryKeyConstraint("version_id", "rank", "dtype", name=op.f("pk_readouts")),
+        sa.PrimaryKeyConstraint("version_id", "rank", "dtype", "variant", name=op.f("pk_readouts")),
     )
     op.create_index("ix_readouts_digest", "readouts", ["digest"], unique=False)
 
