@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from e2e_data import labels, manifest_of, minilm, run_toml, some_rows, tiny_bert, write_json_lines
-from federation import Ended, Federation, completed, until
+from federation import Federation, completed
+from glora_processes import Ended, until
 
 from glora_dashboard.models import AuditAnswer, DeviceAnswer
 from glora_wire.join_token import JoinToken

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 from e2e_data import manifest_of, minilm, run_toml, some_rows
-from federation import Federation, Process, completed, until
+from federation import Federation, completed
+from glora_processes import Process, until
 from tcp_proxy import TcpProxy
 
 from glora_dashboard.models import AssignmentAnswer
