@@ -138,7 +138,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         minilm(),
         lora="max_rank = 8",
         training="steps = 2\nmax_length = 48\nbatch_size = 8",
-        policy="rounds = 1\nquorum = 2\ndeadline_seconds = 240.0\ngather_seconds = 0.0",
+        policy="rounds = 1\nquorum = 2\ndeadline_seconds = 1200.0\ngather_seconds = 0.0",
         evaluation="ranks = [8]\nbefore = false\nafter = false",
     )
     with Federation(folder / "federation") as federation:
@@ -180,7 +180,7 @@ def play(federation: Federation, devices: list[HandDevice], toml: str, manifest:
         else:
             forge, _ = FORGERIES[device.name]
             verdicts[device.name] = sent(device, assignment, forge(trained(payload)), config)
-    federation.wait_run("careful", completed, "its end", 300.0)
+    federation.wait_run("careful", completed, "its end", 900.0)
     return Story(
         federation=federation,
         verdicts=verdicts,

@@ -67,7 +67,7 @@ def test_an_expired_token(federation: Federation) -> None:
         said.append(federation.join_by_command(f"late-{len(said)}", 4, token))
         return said[-1].code != 0
 
-    until(refused, "the token expires", 30.0)
+    until(refused, "the token expires", 300.0)
     says(said[-1], REFUSED, "TOKEN_EXPIRED")
 
 
@@ -87,11 +87,11 @@ def test_a_server_with_another_authority(federation: Federation, tmp_path: Path,
     with Federation(tmp_path / "impostor", ports=federation.ports) as impostor:
         impostor.start_server()
         says(federation.join_by_command("careful", 4, token), REFUSED, "CA_PIN_MISMATCH")
-        until(lambda: "Trying again" in device.text, "the device says that it cannot connect", 30.0)
+        until(lambda: "Trying again" in device.text, "the device says that it cannot connect", 300.0)
         impostor_knows = impostor.rows("SELECT name FROM devices")
     assert impostor_knows == []
     federation.start_server()
-    federation.until_online("loyal", within=90.0)
+    federation.until_online("loyal", within=300.0)
     assert device.alive
     device.kill()
 
@@ -105,7 +105,7 @@ def test_a_revoked_device_is_refused_at_once_and_ends(federation: Federation, ro
     federation.until_online("leaver")
     done = federation.admin("device", "revoke", "leaver", "--yes")
     assert done.code == 0, done.err
-    assert device.ended(within=20.0) == REFUSED
+    assert device.ended(within=300.0) == REFUSED
     assert "leaver was revoked by an operator" in device.text
     assert "DEVICE_REVOKED" in device.text
     again = federation.start_device("leaver", minilm(), "--data", str(rows))
@@ -136,11 +136,11 @@ def test_devices_that_cannot_work_are_told_and_the_others_go_on(federation: Fede
         "strict",
         minilm(),
         training="steps = 2\nbatch_size = 8\nmax_length = 48",
-        policy="rounds = 1\nquorum = 1\ndeadline_seconds = 200.0\ngather_seconds = 0.0",
+        policy="rounds = 1\nquorum = 1\ndeadline_seconds = 1200.0\ngather_seconds = 0.0",
         evaluation="ranks = [4]\nbefore = false\nafter = false",
     )
     federation.create_run(toml, manifest_of(toml))
-    federation.wait_run("strict", completed, "its end", 240.0)
+    federation.wait_run("strict", completed, "its end", 600.0)
     (only,) = federation.rounds("strict")
     found = {item.device: item for item in only.assignments}
     assert set(found) == {"confused", "single"}, "a device with another model gets no work"
@@ -150,7 +150,7 @@ def test_devices_that_cannot_work_are_told_and_the_others_go_on(federation: Fede
     assert "WHY" in confused.text
     assert found["confused"].message in {event["message"] for event in federation.events("assignment_phase")}
     elsewhere_says = "No work from strict"
-    until(lambda: elsewhere_says in elsewhere.text, "the device says why it gets no work", 60.0)
+    until(lambda: elsewhere_says in elsewhere.text, "the device says why it gets no work", 600.0)
     assert "base model" in elsewhere.text
     for process in (elsewhere, confused):
         assert process.alive, "it may be of use to another run"

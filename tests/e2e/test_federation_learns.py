@@ -44,7 +44,7 @@ def described(folder: Path, name: str, strategy: str, rounds: int, ranks: list[i
         lora="max_rank = 16",
         strategy=f'name = "{strategy}"',
         training=TRAINING,
-        policy=f"rounds = {rounds}\ntarget_devices = 4\nquorum = 4\ndeadline_seconds = 300.0",
+        policy=f"rounds = {rounds}\ntarget_devices = 4\nquorum = 4\ndeadline_seconds = 1200.0",
         evaluation=f"ranks = {ranks}\nbefore = false\nafter = false",
     )
     path = folder / f"{name}.toml"
@@ -81,8 +81,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
             spec = described(folder, name, strategy, rounds, ranks)
             created = federation.admin("run", "create", "--spec", str(spec), "--start")
             assert created.code == 0, created.err
-        run = federation.wait_run("glora", lambda run: measured(run, 4 * (ROUNDS + 1)), "its last measurement", 400.0)
-        other = federation.wait_run("fedit", lambda run: measured(run, OTHER_ROUNDS + 1), "its last measurement", 200.0)
+        run = federation.wait_run("glora", lambda run: measured(run, 4 * (ROUNDS + 1)), "its last measurement", 900.0)
+        other = federation.wait_run("fedit", lambda run: measured(run, OTHER_ROUNDS + 1), "its last measurement", 600.0)
         yield Trained(federation=federation, run=run, other=other, held_out=held_out)
 
 

@@ -60,21 +60,21 @@ class World:
             minilm(),
             lora=f"max_rank = {SLOW_RANK}",
             training=f"steps = {steps}\nbatch_size = 8\nmax_length = 48",
-            policy="rounds = 1\ntarget_devices = 2\nquorum = 2\ndeadline_seconds = 240.0",
+            policy="rounds = 1\ntarget_devices = 2\nquorum = 2\ndeadline_seconds = 1200.0",
             evaluation="ranks = [8]\nbefore = false\nafter = false",
         )
-        self.federation.until_online("quick", "slow", within=120.0)
+        self.federation.until_online("quick", "slow", within=300.0)
         self.federation.create_run(toml, manifest_of(toml))
 
     def wait_for(self, name: str, device: str, phase: str) -> None:
         def reached(run: RunAnswer) -> bool:
             return run.round is not None and assignment(run.round, device).phase == phase
 
-        self.federation.wait_run(name, reached, f"{device} is {phase}", 200.0)
+        self.federation.wait_run(name, reached, f"{device} is {phase}", 600.0)
 
     def wait_for_bytes(self, before: int) -> None:
         """Return when most of the slow device's upload is on its way."""
-        until(lambda: self.proxy.bytes_up - before > MOST * UPLOAD_BYTES, "most of the upload has gone out", 60.0)
+        until(lambda: self.proxy.bytes_up - before > MOST * UPLOAD_BYTES, "most of the upload has gone out", 600.0)
 
     def uploads(self, name: str) -> dict[str, str]:
         """Digest by assignment, from the database file."""
@@ -88,11 +88,11 @@ class World:
     def kill_server(self) -> None:
         children = descendants(self.server.popen.pid)
         self.server.kill()
-        until(lambda: not any(running(pid) for pid in children), "the server's worker ends with it", 20.0)
+        until(lambda: not any(running(pid) for pid in children), "the server's worker ends with it", 120.0)
 
     def finish(self, name: str) -> RoundAnswer:
         """The run's only round, committed at the first attempt with both updates."""
-        self.federation.wait_run(name, completed, "its end", 240.0)
+        self.federation.wait_run(name, completed, "its end", 600.0)
         (only,) = self.federation.rounds(name)
         assert (only.phase, only.attempt, only.accepted) == ("committed", 1, 2)
         return only
@@ -168,7 +168,7 @@ def test_server_killed_while_aggregating(world: World) -> None:
         name = f"aggregating-{attempt}"
         world.begin(name)
         world.federation.wait_run(
-            name, lambda run: run.round is not None and run.round.phase == "aggregating", "aggregation", 200.0
+            name, lambda run: run.round is not None and run.round.phase == "aggregating", "aggregation", 600.0
         )
         world.kill_server()
         (phase,) = world.federation.rows(
@@ -211,11 +211,11 @@ def test_device_killed_while_training(world: World) -> None:
         progress = assignment(run.round, "quick").progress
         return progress is not None and progress.phase == "training"
 
-    world.federation.wait_run("mid-training", training, "training", 120.0)
+    world.federation.wait_run("mid-training", training, "training", 900.0)
     time.sleep(random.uniform(0.0, 0.5))
     children = descendants(world.quick.popen.pid)
     world.quick.kill()
-    until(lambda: not any(running(pid) for pid in children), "the training process ends with its agent", 20.0)
+    until(lambda: not any(running(pid) for pid in children), "the training process ends with its agent", 120.0)
     world.quick = world.start_quick()
     world.finish("mid-training")
 

@@ -87,7 +87,7 @@ class Chaos:
             minilm(),
             lora=f"max_rank = {max(RANKS.values())}",
             training="steps = 3\nbatch_size = 8\nmax_length = 48",
-            policy=f"rounds = {_MANY}\nquorum = {len(RANKS)}\ndeadline_seconds = 600.0",
+            policy=f"rounds = {_MANY}\nquorum = {len(RANKS)}\ndeadline_seconds = 1200.0",
             evaluation="ranks = [4]\nbefore = false\nafter = false",
         )
         federation.create_run(toml, manifest_of(toml))

@@ -92,7 +92,7 @@ class Federation(Processes):
                     return http.get("/healthz").is_success
                 return False
 
-            until(answers, "the server answers", 60.0)
+            until(answers, "the server answers", 600.0)
         return process
 
     def api(self) -> Api:
@@ -160,7 +160,7 @@ class Federation(Processes):
         state = ("--state-dir", str(self.state_dir(name)))
         return self.start(name, "client", "run", "--model", str(model), "--threads", "1", *state, *words)
 
-    def until_online(self, *names: str, within: float = 60.0) -> None:
+    def until_online(self, *names: str, within: float = 200.0) -> None:
         """Return when these devices wait for work."""
         with self.api() as api:
 
@@ -181,7 +181,7 @@ class Federation(Processes):
         with self.api() as api:
             return api.get(RunAnswer, f"/runs/{name}")
 
-    def wait_run(self, name: str, reached: Callable[[RunAnswer], bool], what: str, within: float = 120.0) -> RunAnswer:
+    def wait_run(self, name: str, reached: Callable[[RunAnswer], bool], what: str, within: float = 400.0) -> RunAnswer:
         """The run once `reached`; told of every change by the server, whose restarts are waited for."""
         deadline = time.monotonic() + within
         known = -1

@@ -52,7 +52,7 @@ class Process:
         self.popen.kill()
         self.popen.wait()
 
-    def ended(self, within: float = 30.0) -> int:
+    def ended(self, within: float = 120.0) -> int:
         """Its exit code, once it ended by itself."""
         return self.popen.wait(within)
 
@@ -114,7 +114,7 @@ class Processes:
             yield path.stem, "\n".join(lines)
 
 
-def until(true: Callable[[], bool], what: str, within: float = 30.0, *, watching: Sequence[Process] = ()) -> None:
+def until(true: Callable[[], bool], what: str, within: float = 120.0, *, watching: Sequence[Process] = ()) -> None:
     """Wait until `true` answers yes; fails at once when one of the processes that are `watched` has died."""
     dead = {process for process in watching if not process.alive}
     deadline = time.monotonic() + within
