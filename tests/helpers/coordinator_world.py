@@ -38,7 +38,7 @@ from glora_server.coordinator.messages import (
 from glora_server.coordinator.model import Device, Owed, Profile, Run
 from glora_server.coordinator.observer import NobodyWatches
 from glora_server.coordinator.opening import Opener
-from glora_server.coordinator.ports import UnitOfWork
+from glora_server.coordinator.ports import NumericsEngine, UnitOfWork
 from glora_server.coordinator.queries import Queries
 from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.run_spec import RunSpec
@@ -120,6 +120,8 @@ class World:
     folder: Path
     clock: Clock = field(default_factory=Clock)
     numerics: TinyNumerics = field(default_factory=TinyNumerics)
+    real_numerics: NumericsEngine | None = None
+    """Does the jobs in place of the tiny ones where it is given."""
     places: int = 4
     sql: SqlStore = field(init=False)
     blobs: FolderBlobs = field(init=False)
@@ -139,15 +141,16 @@ class World:
         store = BreakableStore(self.sql, self.numerics.fuse)
         hub, watcher = Hub(), NobodyWatches()
         engine = Engine(store=store, hub=hub, observer=watcher, clock=self.clock)
+        numerics = self.real_numerics or self.numerics
         opener = Opener(store=store, hub=hub, engine=engine)
-        catalogue = Catalogue(self.numerics)
+        catalogue = Catalogue(numerics)
         readouts = Readouts(
-            store=store, blobs=self.blobs, numerics=self.numerics, workspace=self.workspace, clock=self.clock
+            store=store, blobs=self.blobs, numerics=numerics, workspace=self.workspace, clock=self.clock
         )
         Judge(
             store=store,
             blobs=self.blobs,
-            numerics=self.numerics,
+            numerics=numerics,
             readouts=readouts,
             catalogue=catalogue,
             engine=engine,
@@ -156,7 +159,7 @@ class World:
         Folder(
             store=store,
             blobs=self.blobs,
-            numerics=self.numerics,
+            numerics=numerics,
             readouts=readouts,
             catalogue=catalogue,
             engine=engine,
@@ -188,7 +191,7 @@ class World:
                 opener=opener,
                 hub=hub,
                 authority=self.authority,
-                starter=RunStarter(store=store, numerics=self.numerics, clock=self.clock),
+                starter=RunStarter(store=store, numerics=numerics, clock=self.clock),
                 exporter=Exporter(store=store, readouts=readouts),
                 clock=self.clock,
             ),
