@@ -13,7 +13,7 @@ from typing import Final
 from glora_cli.demo_corpus import Row
 from glora_wire.errors import GloraError, Reason
 
-SEED: Final = 2026
+SEED: Final = 2024
 HELD_OUT_SHARE: Final = 0.2
 MAX_HELD_OUT: Final = 480
 """Measured at every rank of every version; more rows would cost minutes and narrow the error by little."""
