@@ -17,7 +17,7 @@ from typing import Final
 
 from e2e_data import deal, manifest_of, minilm, run_toml
 from federation import Federation, completed
-from glora_processes import Process
+from glora_processes import LOOK_SECONDS, Process
 
 from glora_dashboard.run_models import RunAnswer
 
@@ -25,6 +25,7 @@ RUN: Final = "chaos"
 RANKS: Final = {"device-1": 4, "device-2": 8, "device-3": 32}
 _ACCEPTED: Final = re.compile(rf"Round (\d+) of {RUN}: the update was accepted")
 _STALL_SECONDS: Final = 600.0
+_NEWS_SECONDS: Final = 60.0
 _MANY: Final = 100_000
 
 
@@ -68,7 +69,7 @@ class Chaos:
             self._begin(federation)
             until = time.monotonic() + seconds
             while self.report.kills.total() < kills or time.monotonic() < until:
-                time.sleep(self.random.uniform(*self.pause))
+                self._bide(federation)
                 self._harm(federation)
             self._let_it_end(federation)
             self._settle(federation)
@@ -94,6 +95,19 @@ class Chaos:
 
     def _start_device(self, federation: Federation, name: str) -> None:
         self._running[name] = federation.start_device(name, minilm(), "--data", str(self._rows[name]))
+
+    def _bide(self, federation: Federation) -> None:
+        """Wait for a random moment, or for shortly after the next thing that happens: so that something does happen."""
+        if self.random.random() < 0.5:
+            time.sleep(self.random.uniform(*self.pause))
+            return
+        happened, deadline = self._happened(federation), time.monotonic() + _NEWS_SECONDS
+        while self._happened(federation) == happened and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+        time.sleep(self.random.uniform(0.0, 0.3))
+
+    def _happened(self, federation: Federation) -> int:
+        return sum(len(federation.events(name)) for name in ("assignment_phase", "round_phase"))
 
     def _harm(self, federation: Federation) -> None:
         victim = self.random.choice(["server", self.random.choice(list(RANKS))])
