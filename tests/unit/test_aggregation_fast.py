@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from dense_reference import dense_state, product, said, vote
+from dense_reference import dense_round, dense_state, product, said, vote
 from lora_cases import randn, regauged
 from torch import Tensor
 
@@ -255,3 +255,19 @@ def test_a_server_step_other_than_one_is_honoured() -> None:
     for eta in (0.3, 1.5):
         exact = dense_state(aggregate("glora", state, updates, rank=RANK, eta=eta, subspace="energy").state)
         assert relative(dense_state(fast(state, updates, eta=eta, subspace="energy").state), exact) <= 1e-5
+
+
+@pytest.mark.parametrize("subspace", ["projector", "ridge"])
+def test_exact_agrees_with_the_dense_reference_where_it_uses_k_in_coordinates(subspace: str) -> None:
+    """So many directions that `subspace` takes eigenvectors of ZZᵀ in place of an SVD of Z; float64 throughout."""
+    g = torch.Generator().manual_seed(6)
+    common = randn(g, 150, 8)
+    updates = [
+        ClientUpdate(torch.cat([common @ randn(g, 8, 3), 0.3 * randn(g, 150, 1)], dim=1), randn(g, 4, 60), 1.0, 1.0)
+        for _ in range(40)
+    ]
+    dense = dense_round(updates, rank=RANK, subspace=subspace)
+    assert dense.gap > 0.05
+    found = aggregate("glora", None, updates, rank=RANK, rule="replace", subspace=subspace)
+    assert relative(dense_state(found.state), dense.s) <= 1e-10
+    assert found.diagnostics.eigenvalues == pytest.approx(dense.eigenvalues[:RANK].tolist(), rel=1e-10)

@@ -140,7 +140,8 @@ class _Side:
     """Householder QR of stacked columns, with Q kept as reflectors."""
 
     def __init__(self, columns: Sequence[Tensor]) -> None:
-        stack = torch.cat([part.to(COMPUTE_DTYPE) for part in columns], dim=1)
+        # Column-major, as LAPACK wants it: anything else is copied twice.
+        stack = torch.cat([part.mT.to(COMPUTE_DTYPE) for part in columns]).mT
         self._packed, self._tau = torch.geqrf(stack)
 
     @cached_property

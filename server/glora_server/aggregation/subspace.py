@@ -33,6 +33,8 @@ from glora_server.aggregation.factors import EPS, CompactSvd, numerical_rank, sv
 from glora_server.aggregation.frame import rounding_floor
 from glora_server.aggregation.rules import RoundTerms
 
+_LARGE = 128
+
 
 class Subspace(StrEnum):
     """The rules for the common column space."""
@@ -129,9 +131,24 @@ def consensus(voting: Voting, terms: RoundTerms, *, rank: int, rank_tol: float) 
         if voting.anchor and terms.anchor:
             held = terms.frame.coordinates(terms.anchor).left
             stack = torch.cat([math.sqrt(1 - voting.anchor) * stack, math.sqrt(voting.anchor) * held], dim=1)
+        bounded = voting.subspace in {Subspace.PROJECTOR, Subspace.RIDGE}
+        if bounded and min(stack.shape) > _LARGE:
+            return _by_eigh(stack, rank, votes)
         found = _left_svd(stack)
         keep = min(rank, numerical_rank(found.sigma, tolerance=found.u.shape[0] * EPS))
     return Consensus(basis=found.u[:, :keep], spectrum=found.sigma.square(), votes=votes)
+
+
+def _by_eigh(stack: Tensor, rank: int, votes: tuple[int, ...]) -> Consensus:
+    """The same from ZZᵀ (q×q), a third of the work of an SVD, for votes in [0, 1].
+
+    Eigenvectors are as good, for the gap that matters is that of K; what is lost are directions below q·1e-16 of all
+    votes, so this is not for energies, whose range is that of σ².
+    """
+    values, vectors = torch.linalg.eigh(stack @ stack.mT)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    keep = min(rank, numerical_rank(values, tolerance=stack.shape[0] * EPS))
+    return Consensus(basis=vectors[:, :keep], spectrum=values, votes=votes)
 
 
 def _by_rank(weights: Sequence[float], votes: Sequence[int]) -> tuple[float, ...]:

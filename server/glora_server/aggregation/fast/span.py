@@ -77,13 +77,12 @@ def _start(groups: Sequence[Group], rank: int, known: Tensor | None) -> Tensor:
 
 def _by_krylov(operator: Operator, start: Tensor, rank: int, *, floor: float) -> Span:
     block = orthonormal(start)
-    basis = images = start[:, :0]
+    basis = start[:, :0]
     core = torch.zeros((0, 0), dtype=torch.float64, device=start.device)
     converged = _Convergence(rank)
     while True:
         basis = torch.cat([basis, block], dim=1)
         image = operator.apply(block, reduced=True)
-        images = torch.cat([images, image], dim=1)
         core = _bordered(core, (basis.mT @ image).double())
         values, vectors = torch.linalg.eigh(core)
         if converged(values.flip(0)) or basis.shape[1] + block.shape[1] > basis.shape[0]:

@@ -37,7 +37,7 @@ class Probes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folded:
-    """UᵀM (R×n), and per group the UᵀB_i (m×R×r) and B_iᵀ[Σp ΔWΩ, Σp DΩ] (m×r×2k)."""
+    """UᵀM (R×n), and per group the UᵀB_i (m×R×r) and B_iᵀ[Σp ΔWΩ, Σp DΩ] (m×r×2k, or k where the two are one)."""
 
     inside: Tensor
     projected: tuple[Tensor, ...]
@@ -60,10 +60,11 @@ def probe(groups: Sequence[Group], rule: VoteRule) -> Probes:
         sents += held * float(group.batch.share.sum())
         seen.append(own)
         sent.append(held)
+    mean_update = raw / rule.step
     # Under replace the change is the update; else D = ηΔW − η·sent, and X = T + ηΔW.
     return Probes(
-        updates=raw / rule.step,
-        changes=raw if rule.rule is Rule.REPLACE else raw - sents,
+        updates=mean_update,
+        changes=mean_update if rule.rule is Rule.REPLACE else raw - sents,
         mean=raw + tails,
         seen=tuple(seen),
         sent=tuple(sent),
@@ -73,7 +74,8 @@ def probe(groups: Sequence[Group], rule: VoteRule) -> Probes:
 def fold(groups: Sequence[Group], basis: Tensor, probes: Probes) -> Folded:
     """The last pass over all factors: UᵀM, and what the diagnostics need of it."""
     narrow = basis.float()
-    wide = torch.cat([narrow, probes.updates, probes.changes], dim=1).mT.contiguous()
+    probed_by = [probes.updates] if probes.changes is probes.updates else [probes.updates, probes.changes]
+    wide = torch.cat([narrow, *probed_by], dim=1).mT.contiguous()
     inside = narrow.new_zeros((narrow.shape[1], groups[0].batch.a[0].shape[1]))
     m, projected, probed = narrow.shape[1], [], []
     for group, tail in zip(groups, shared_tails(groups), strict=True):
@@ -155,7 +157,7 @@ def _cosines(group: Group, probes: Probes, probed: Tensor, position: int) -> tup
     sent, k = probes.sent[position].double(), _PROBES
     to_updates = (seen * probed[..., :k].double()).sum(dim=(1, 2))
     own = (seen * (group.gram_b @ seen)).sum(dim=(1, 2)).clamp(min=0)
-    to_changes = group.batch.gain * (seen * probed[..., k:].double()).sum(dim=(1, 2)) - (sent * probes.changes).sum()
+    to_changes = group.batch.gain * (seen * probed[..., -k:].double()).sum(dim=(1, 2)) - (sent * probes.changes).sum()
     changed = own * group.batch.gain.square()
     if bool(sent.any()):
         with_sent = torch.stack([(b.double() @ s * sent).sum() for b, s in zip(group.batch.b, seen, strict=True)])

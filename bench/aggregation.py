@@ -1,0 +1,276 @@
+"""Aggregation of one module and of a whole 8B adapter: ours, what others do, and the limits of this machine.
+
+    python bench/aggregation.py [--quick] [--json]
+
+One thread, CPU seconds (`time.process_time`), the best of a few runs. Two kinds of uploads: `random` (independent
+Gaussian factors: a flat spectrum, the worst case for any iteration) and `shared` (a common space plus a private part
+of a fifth of its size, nearer to what devices that learn one task send).
+
+`floor`: three products of K with R + 16 columns and one projection, 12·d·Σr·(R + 16) + 2(d + n)·Σr·R flops, at the
+measured speed of sgemm. `objective`: tr(UᵀKU) over its maximum (from `exact`, which is float64, or from K + eigh where
+that is skipped); for methods without a U, the error ‖S − M_[R]‖/‖M‖ is not comparable and is left out. `extra`: peak
+resident memory beyond what was resident before the call.
+"""
+
+import argparse
+import ctypes
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from glora_server.aggregation import ClientUpdate, LayerState, aggregate
+
+RANK, SERVER_RANK = 16, 32
+LIMIT_SECONDS = 60.0
+ADAPTER_8B = {(4096, 4096): 64, (1024, 4096): 64, (14336, 4096): 64, (4096, 14336): 32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One method on one size; seconds None: skipped, for the reason in `note`."""
+
+    size: str
+    method: str
+    seconds: float | None
+    floor: float
+    objective: float | None = None
+    extra_mb: float | None = None
+    note: str = ""
+
+
+def uploads(d: int, n: int, count: int, kind: str, seed: int = 0) -> list[ClientUpdate]:
+    g = torch.Generator().manual_seed(seed)
+    common = torch.randn(d, RANK, generator=g)
+    updates = []
+    for _ in range(count):
+        own = torch.randn(d, RANK, generator=g)
+        b = own if kind == "random" else 0.8 * common @ torch.randn(RANK, RANK, generator=g) / RANK**0.5 + 0.2 * own
+        updates.append(ClientUpdate(b, torch.randn(RANK, n, generator=g), 1.0, 1.0))
+    return updates
+
+
+def nudged(updates: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+    """The next round: every factor moved by a tenth."""
+    g = torch.Generator().manual_seed(99)
+    return [
+        ClientUpdate(
+            u.b + 0.1 * torch.randn(u.b.shape, generator=g), u.a + 0.1 * torch.randn(u.a.shape, generator=g), 1.0, 1.0
+        )
+        for u in updates
+    ]
+
+
+def cpu_seconds(work: Callable[[], object], *, repeats: int) -> float:
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.process_time()
+        work()
+        best = min(best, time.process_time() - started)
+    return best
+
+
+def extra_memory(work: Callable[[], object]) -> float | None:
+    """Peak resident MB of one call beyond what was resident before it; None where the system does not tell."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not reset.exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    try:
+        reset.write_text("5")
+    except OSError:
+        return None
+    before = _status_mb(status, "VmRSS")
+    work()
+    return _status_mb(status, "VmHWM") - before
+
+
+def _status_mb(status: Path, key: str) -> float:
+    line = next(line for line in status.read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) / 1024
+
+
+def limits() -> tuple[float, float, float]:
+    """GFLOP/s of sgemm and of bfloat16, GB/s of reading memory, one thread."""
+    x = torch.randn(2048, 2048)
+    low, long = x.bfloat16(), torch.ones(1 << 26)
+    flops = 2 * 2048**3 / 1e9
+    return (
+        flops / cpu_seconds(lambda: x @ x, repeats=5),
+        flops / cpu_seconds(lambda: low @ low, repeats=5),
+        long.numel() * 4 / 1e9 / cpu_seconds(long.sum, repeats=5),
+    )
+
+
+def floor_seconds(d: int, n: int, count: int, sgemm: float) -> float:
+    total = count * RANK
+    return (12 * d * total * (SERVER_RANK + 16) + 2 * (d + n) * total * SERVER_RANK) / 1e9 / sgemm
+
+
+def objective(u: Tensor, updates: Sequence[ClientUpdate]) -> float:
+    """tr(UᵀKU) of the projector subspace, float64."""
+    wide, total = u.double(), 0.0
+    for update in updates:
+        b = update.b.double()
+        onto = wide.mT @ b
+        total += float((torch.linalg.solve(b.mT @ b, onto.mT) * onto.mT).sum()) / len(updates)
+    return total
+
+
+def k_and_eigh(updates: Sequence[ClientUpdate]) -> Tensor:
+    """The published round taken literally: U_i by QR, K as a d×d matrix, its eigenvectors; float32."""
+    z = torch.cat([torch.linalg.qr(update.b).Q for update in updates], dim=1) / len(updates) ** 0.5
+    u = torch.linalg.eigh(z @ z.mT).eigenvectors[:, -SERVER_RANK:]
+    sum((u.mT @ update.b) @ update.a for update in updates)
+    return u
+
+
+def dense_mean(updates: Sequence[ClientUpdate]) -> Tensor:
+    left = torch.cat([update.b for update in updates], dim=1) / len(updates)
+    mean: Tensor = left @ torch.cat([update.a for update in updates])
+    return mean
+
+
+def fedit(updates: Sequence[ClientUpdate]) -> tuple[Tensor, Tensor]:
+    """The two averages and nothing else."""
+    b, a = torch.zeros_like(updates[0].b), torch.zeros_like(updates[0].a)
+    for update in updates:
+        b.add_(update.b, alpha=1 / len(updates))
+        a.add_(update.a, alpha=1 / len(updates))
+    return b, a
+
+
+def glora(state: LayerState | None, updates: Sequence[ClientUpdate], accuracy: str) -> LayerState:
+    return aggregate("glora", state, updates, rank=SERVER_RANK, rule="replace", accuracy=accuracy).state
+
+
+def exact_estimate(d: int, count: int) -> float:
+    """Rough seconds of `exact`: QR of both stacks and an SVD of the smaller side, at 20 GFLOP/s."""
+    q = min(d, count * RANK)
+    return (4 * d * q * count * RANK + 20 * q**3) / 2e10
+
+
+def module_rows(d: int, count: int, kind: str, sgemm: float, *, quick: bool) -> list[Row]:
+    updates = uploads(d, d, count, kind)
+    size, floor = f"d={d} N={count} {kind}", floor_seconds(d, d, count, sgemm)
+    repeats = 3 if count > 64 else 5
+    cold = glora(None, updates, "fast")
+    rows: list[Row] = []
+
+    def add(method: str, work: Callable[[], object], *, u: Tensor | None = None, times: int = 1) -> None:
+        seconds = cpu_seconds(work, repeats=times)
+        share = None if u is None else objective(u, updates)
+        rows.append(
+            Row(
+                size=size, method=method, seconds=seconds, floor=floor, objective=share, extra_mb=extra_memory(work)
+            )
+        )  # fmt: skip
+
+    def skip(method: str, reason: str) -> None:
+        rows.append(Row(size=size, method=method, seconds=None, floor=floor, note=reason))
+
+    add("glora fast, cold", lambda: glora(None, updates, "fast"), u=cold.u, times=repeats)
+    later = nudged(updates)
+    warm = cpu_seconds(lambda: glora(cold, later, "fast"), repeats=repeats)
+    ratio = objective(glora(cold, later, "fast").u, later) / objective(glora(None, later, "fast").u, later)
+    rows.append(Row(size=size, method="glora fast, warm", seconds=warm, floor=floor, note=f"{ratio:.4f} of cold"))
+    if kind == "shared":  # the others do not depend on the spectrum
+        return rows
+    if exact_estimate(d, count) * (3 if quick else 1) < LIMIT_SECONDS:
+        exact = glora(None, updates, "exact")
+        add("glora exact", lambda: glora(None, updates, "exact"), u=exact.u)
+    else:
+        skip("glora exact", f"would take more than {LIMIT_SECONDS:.0f} s")
+    add("FedIT (two averages)", lambda: fedit(updates), times=repeats)
+    if count <= 64:
+        add("FedRot (rotation hard)", lambda: aggregate("fedrot", None, updates, rank=RANK))
+    else:
+        skip("FedRot (rotation hard)", "measured up to N=64")
+    if quick and d > 768:
+        for method in ("K + eigh", "svd_lowrank of the dense mean", "FlexLoRA dense SVD"):
+            skip(method, "left out by --quick")
+        return rows
+    found: list[Tensor] = []
+    seconds = cpu_seconds(lambda: found.append(k_and_eigh(updates)), repeats=1)
+    rows.append(Row(size=size, method="K + eigh", seconds=seconds, floor=floor, objective=objective(found[0], updates)))
+    add("svd_lowrank of the dense mean", lambda: torch.svd_lowrank(dense_mean(updates), q=SERVER_RANK + 16, niter=2))
+    if count == 512 and d > 768:
+        skip("FlexLoRA dense SVD", "as at N=64, plus the product")
+    else:
+        seconds = cpu_seconds(lambda: torch.linalg.svd(dense_mean(updates), full_matrices=False), repeats=1)
+        rows.append(Row(size=size, method="FlexLoRA dense SVD", seconds=seconds, floor=floor))
+    return rows
+
+
+def sampled(d: int, n: int, samples: int) -> tuple[float, float]:
+    """Mean seconds of a cold and of a warm fast round at N=64."""
+    updates = uploads(d, n, 64, "shared")
+    later = nudged(updates)
+    state = glora(None, updates, "fast")
+    cold = [cpu_seconds(lambda: glora(None, updates, "fast"), repeats=1) for _ in range(samples)]
+    warm = [cpu_seconds(lambda: glora(state, later, "fast"), repeats=1) for _ in range(samples)]
+    return sum(cold) / samples, sum(warm) / samples
+
+
+def adapter_rows(sgemm: float, *, samples: int) -> list[Row]:
+    """All 224 matrices of an 8B model's adapter at N=64, from `samples` matrices of each of its four shapes."""
+    cold = warm = floor = 0.0
+    for (d, n), count in ADAPTER_8B.items():
+        seconds = sampled(d, n, samples)
+        cold, warm = cold + count * seconds[0], warm + count * seconds[1]
+        floor += count * floor_seconds(d, n, 64, sgemm)
+    note = f"extrapolated from {samples} of each shape; sum over cores"
+    size = "8B adapter N=64 shared, 224 matrices"
+    return [
+        Row(size=size, method="glora fast, cold", seconds=cold, floor=floor, note=note),
+        Row(size=size, method="glora fast, warm", seconds=warm, floor=floor, note=note),
+    ]
+
+
+def printed(rows: Sequence[Row]) -> None:
+    best = {
+        size: max((row.objective for row in rows if row.size.split()[:2] == size.split()[:2] and row.objective
+                   and row.size == size), default=0.0)
+        for size in {row.size for row in rows}
+    }  # fmt: skip
+    print("| size | method | CPU-s | × floor | objective | extra MB | note |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        seconds = "skipped" if row.seconds is None else f"{row.seconds:.4f}"
+        ratio = "" if row.seconds is None else f"{row.seconds / row.floor:.2f}"
+        share = "" if row.objective is None else f"{row.objective / best[row.size]:.5f}"
+        extra = "" if row.extra_mb is None else f"{row.extra_mb:.0f}"
+        print(f"| {row.size} | {row.method} | {seconds} | {ratio} | {share} | {extra} | {row.note} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="no d×d methods at d=4096, fewer samples")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--sizes", default="768,4096", help="module sizes d, with commas")
+    parser.add_argument("--clients", default="8,64,512", help="numbers of devices, with commas")
+    parser.add_argument("--adapter", action=argparse.BooleanOptionalAction, default=True, help="the 8B adapter")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    sgemm, low, memory = limits()
+    rows: list[Row] = []
+    for d in map(int, arguments.sizes.split(",")):
+        for count in map(int, arguments.clients.split(",")):
+            for kind in ("random", "shared"):
+                rows += module_rows(d, count, kind, sgemm, quick=arguments.quick)
+    if arguments.adapter:
+        rows += adapter_rows(sgemm, samples=1 if arguments.quick else 3)
+    machine = {"sgemm_gflops": sgemm, "bfloat16_gflops": low, "memory_gb_per_second": memory}
+    if arguments.json:
+        print(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1))
+        return
+    print(f"One thread: sgemm {sgemm:.0f} GFLOP/s, bfloat16 {low:.0f} GFLOP/s, memory {memory:.0f} GB/s\n")
+    printed(rows)
+
+
+if __name__ == "__main__":
+    main()
