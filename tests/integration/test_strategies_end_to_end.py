@@ -150,7 +150,7 @@ async def started(
     world: World, name: str, options: Options, ranks: tuple[int, int], **changes: Any
 ) -> tuple[Run, list[Phone]]:
     phones = [await world.phone(f"device-{number}", rank=rank) for number, rank in enumerate(ranks)]
-    minimum = {"min_rank": 4} if ranks == EQUAL else {}
+    minimum: dict[str, Any] = {"min_rank": 4} if ranks == EQUAL else {}
     run = await world.start_run(
         quorum=2, rounds=3, strategy={"name": name, "options": dict(options)}, **minimum, **changes
     )
@@ -305,6 +305,14 @@ async def test_strategies_that_devices_cannot_follow_are_refused_at_creation(wor
     with pytest.raises(GloraError, match=name) as caught:
         await started(world, name, {}, EQUAL)
     assert caught.value.reason is Reason.STRATEGY_OPTIONS
+
+
+async def test_other_ranks_cannot_be_let_in_later_where_the_method_has_one(world: World) -> None:
+    run, _ = await started(world, "rolora", {}, EQUAL)
+    with pytest.raises(GloraError, match="one rank"):
+        await world.now.commands.edit_policy("admin", run.name, {"min_rank": 2})
+    kept = await world.now.commands.edit_policy("admin", run.name, {"quorum": 1})
+    assert json.loads(kept.spec_json)["policy"]["min_rank"] == 4
 
 
 async def test_what_was_measured_is_stored_for_every_module(world: World) -> None:

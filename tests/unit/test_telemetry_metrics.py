@@ -1,6 +1,7 @@
 import asyncio
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TypeVar, cast
 
 import pytest
@@ -8,7 +9,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import Device, DeviceState, Profile
+from glora_server.coordinator.observer import Quality
 from glora_server.coordinator.ports import UnitOfWork
+from glora_server.coordinator.quality import quality_of
 from glora_server.rounds.assignment import Assignment, AssignmentKind, AssignmentPhase
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, VersionId
 from glora_server.rounds.policy import RoundPolicy
@@ -82,11 +85,41 @@ def test_updates_are_counted_by_verdict() -> None:
     metrics = Metrics()
     metrics.upload_judged(None)
     metrics.upload_judged(Refusal(reason=Reason.NON_FINITE, message="NaN"))
-    metrics.aggregated(seconds=2.0, updates=3)
+    quality = Quality(captured_energy=0.9, truncation_error=0.3, eigengap=0.1, consensus=0.7)
+    metrics.aggregated(seconds=2.0, updates=3, quality=quality)
     assert value(metrics, "glora_uploads_total", outcome="accepted", reason="") == 1
     assert value(metrics, "glora_uploads_total", outcome="rejected", reason="NON_FINITE") == 1
     assert value(metrics, "glora_versions_total") == 1
     assert value(metrics, "glora_aggregation_seconds_sum") == 2.0
+    for name, expected in asdict(quality).items():
+        assert value(metrics, f"glora_{name}_ratio") == expected
+
+
+def test_nothing_measured_is_no_number_rather_than_zero() -> None:
+    metrics = Metrics()
+    for field_ in fields(Quality):
+        assert math.isnan(value(metrics, f"glora_{field_.name}_ratio"))
+
+
+def test_quality_is_the_mean_over_modules_of_what_was_measured() -> None:
+    first = {
+        "captured_energy": 0.9,
+        "truncation_error": 0.2,
+        "eigenvalues": [0.5, 0.25],
+        "eigengap": 0.25,
+        "clients": [{"share": 0.75, "change_cosine": 1.0}, {"share": 0.25, "change_cosine": -1.0}],
+    }
+    second: dict[str, object] = {
+        "captured_energy": 0.7,
+        "truncation_error": None,
+        "eigenvalues": [],
+        "eigengap": None,
+        "clients": [],
+    }
+    found = quality_of([first, second, {}])
+    assert found.captured_energy == pytest.approx(0.8)
+    assert (found.truncation_error, found.eigengap, found.consensus) == (0.2, 0.5, 0.5)
+    assert all(math.isnan(number) for number in asdict(quality_of([])).values())
 
 
 def assignment(name: str, phase: AssignmentPhase, reason: Reason | None = None) -> Assignment:

@@ -242,7 +242,14 @@ class Commands:
         return done.after
 
     async def edit_policy(self, actor: str, name: str, changes: Mapping[str, object]) -> Run:
-        """Change keys of the run's policy; they count for the open round too, except what was decided already."""
+        """Change keys of the run's policy; they count for the open round too, except what was decided already.
+
+        Raises SPEC_INVALID, also when devices of other ranks would come in that the strategy cannot mix.
+        """
+        before = RunSpec.from_json((await self.store.read(lambda uow: uow.runs.by_name(name))).spec_json)
+        after = before.with_policy(changes)
+        if after.policy.min_rank < before.policy.min_rank:
+            await self.starter.check_strategy(after)
 
         def work(uow: UnitOfWork) -> tuple[Run, Transition | None]:
             run = uow.runs.by_name(name)

@@ -35,7 +35,7 @@ from glora_server.coordinator.model import (
     Version,
 )
 from glora_server.coordinator.numerics import retrying
-from glora_server.coordinator.observer import Observer
+from glora_server.coordinator.observer import Observer, Quality
 from glora_server.coordinator.ports import (
     AggregatedPart,
     AggregateJob,
@@ -46,6 +46,7 @@ from glora_server.coordinator.ports import (
     UnitOfWork,
     UpdateRef,
 )
+from glora_server.coordinator.quality import quality_of
 from glora_server.coordinator.readouts import Readouts, shards
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.transitions import Transition, step
@@ -101,7 +102,7 @@ class Folder:
         begun = time.perf_counter()
         try:
             await self._make_parts(work)
-            _, pruned = await self._engine.commit(partial(self._publish, work), moved=lambda made: (made[0],))
+            _, pruned, quality = await self._engine.commit(partial(self._publish, work), moved=lambda made: (made[0],))
         except GloraError as error:
             if error.retry_after is not None:
                 raise
@@ -112,7 +113,7 @@ class Folder:
             await self._give_up(work, owed, lost)
             return
         seconds = time.perf_counter() - begun
-        self._observer.aggregated(seconds=seconds, updates=len(work.uploads))
+        self._observer.aggregated(seconds=seconds, updates=len(work.uploads), quality=quality)
         log.info(
             "version_published",
             run=work.run.name,
@@ -209,15 +210,15 @@ class Folder:
             )
         )
 
-    def _publish(self, work: _Work, uow: UnitOfWork) -> tuple[Transition, tuple[Readout, ...]]:
+    def _publish(self, work: _Work, uow: UnitOfWork) -> tuple[Transition, tuple[Readout, ...], Quality]:
         version_id = VersionId(work.round.id)
         run = uow.runs.get(work.run.id)
         spec = RunSpec.from_json(run.spec_json)
-        summary = summarise([json.loads(d.values_json) for d in uow.versions.diagnostics(version_id)])
-        uow.versions.publish(version_id, json.dumps(summary))
+        measured = [json.loads(d.values_json) for d in uow.versions.diagnostics(version_id)]
+        uow.versions.publish(version_id, json.dumps(summarise(measured)))
         uow.runs.save(replace(run, version_id=version_id, rounds_done=work.round.number))
         done = step(uow, work.round.id, AggregationDone(), at=self._engine.clock())
-        return done, uow.versions.prune(run.id, keep=spec.retention.keep_versions)
+        return done, uow.versions.prune(run.id, keep=spec.retention.keep_versions), quality_of(measured)
 
     def _wake_evaluators(self) -> None:
         for device_id, (profile, _) in self._hub.available(self._engine.clock()).items():

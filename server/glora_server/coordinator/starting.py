@@ -31,13 +31,7 @@ class RunStarter:
                 Reason.MANIFEST_INVALID,
                 f"The manifest is for {manifest.task}, but model.task of the run is {spec.model.task}.",
             )
-        choice = StrategyChoice(name=spec.strategy.name, options=spec.strategy.options)
-        mixed = spec.policy.min_rank < spec.lora.max_rank
-        refusal = await retrying(
-            lambda: self.numerics.check_strategy(choice, max_rank=spec.lora.max_rank, mixed_ranks=mixed)
-        )
-        if refusal is not None:
-            raise GloraError(refusal.reason, refusal.message)
+        await self.check_strategy(spec)
         return Run(
             id=RunId(new_id()),
             name=spec.name,
@@ -47,6 +41,16 @@ class RunStarter:
             version_id=None,
             created_at=self.clock(),
         )
+
+    async def check_strategy(self, spec: RunSpec) -> None:
+        """Return when the strategy can serve the run's options and ranks; raises what speaks against it."""
+        choice = StrategyChoice(name=spec.strategy.name, options=spec.strategy.options)
+        mixed = spec.policy.min_rank < spec.lora.max_rank
+        refusal = await retrying(
+            lambda: self.numerics.check_strategy(choice, max_rank=spec.lora.max_rank, mixed_ranks=mixed)
+        )
+        if refusal is not None:
+            raise GloraError(refusal.reason, refusal.message)
 
     async def first_version(self, run: Run) -> VersionId:
         """Version 0, stored and not published: an empty state, dense tensors drawn from the run's seed."""

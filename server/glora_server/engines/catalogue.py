@@ -63,7 +63,13 @@ def check_strategy(choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) 
     try:
         options = check_options(choice.name, choice.options)
         strategy = find_strategy(choice.name)
-        strategy.check_plan((1, max_rank) if mixed_ranks else (max_rank,))
+        strategy.check_plan((max_rank,))
+        if mixed_ranks and not strategy.properties.mixed_ranks:
+            return Refusal(
+                reason=Reason.SPEC_INVALID,
+                message=f"Strategy {choice.name} needs one rank for all devices; set policy.min_rank = {max_rank}, "
+                "which is lora.max_rank, or choose a strategy that mixes ranks, such as glora.",
+            )
         for index in range(_ROUNDS_THAT_DIFFER):
             missing = _not_served(choice.name, strategy.contract(options, round_index=index))
             if missing is not None:

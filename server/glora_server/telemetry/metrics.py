@@ -6,6 +6,7 @@ phases and reasons, never a device, a run or an assignment.
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import PackageNotFoundError, version
 from typing import Final
 
@@ -24,6 +25,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from glora.v1 import coordinator_pb2, enrolment_pb2
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import DeviceState
+from glora_server.coordinator.observer import Quality
 from glora_server.rounds.assignment import OPEN, AssignmentPhase
 from glora_server.rounds.ids import AssignmentId
 from glora_server.rounds.round import LIVE, Round, RoundPhase
@@ -52,6 +54,10 @@ METRIC_NAMES: Final = (
     "glora_round_seconds",
     "glora_aggregation_seconds",
     "glora_versions_total",
+    "glora_captured_energy_ratio",
+    "glora_truncation_error_ratio",
+    "glora_eigengap_ratio",
+    "glora_consensus_ratio",
     "glora_active_rounds",
     "glora_devices",
     "glora_online_devices",
@@ -130,6 +136,26 @@ class Metrics:
             registry=registry,
         )
         self._versions = Counter("glora_versions", "Versions that were published.", registry=registry)
+        self._define_quality(registry)
+
+    def _define_quality(self, registry: CollectorRegistry) -> None:
+        """Of the last published version, whichever run it belongs to; by module and device in the database."""
+
+        def gauge(name: str, meaning: str) -> Gauge:
+            made = Gauge(name, f"{meaning}; mean over modules, last version.", registry=registry)
+            made.set(math.nan)  # nothing was measured yet, which is not zero
+            return made
+
+        self._captured_energy = gauge("glora_captured_energy_ratio", "Energy of the mean update that the state kept")
+        self._truncation_error = gauge(
+            "glora_truncation_error_ratio", "Distance of the state from the mean update, relative to its norm"
+        )
+        self._eigengap = gauge(
+            "glora_eigengap_ratio", "Eigengap at the server's rank, relative to the largest eigenvalue"
+        )
+        self._consensus = gauge(
+            "glora_consensus_ratio", "Cosine between a device's change and the mean change, by weight"
+        )
 
     def _define_states(self, registry: CollectorRegistry) -> None:
         devices = Gauge(
@@ -201,10 +227,20 @@ class Metrics:
         else:
             self._uploads.labels(outcome="rejected", reason=refusal.reason.value).inc()
 
-    def aggregated(self, *, seconds: float, updates: int) -> None:  # noqa: ARG002 - counted as uploads already
+    def aggregated(
+        self,
+        *,
+        seconds: float,
+        updates: int,  # noqa: ARG002 - counted as uploads already
+        quality: Quality,
+    ) -> None:
         """A round was folded into a new version."""
         self._aggregation_seconds.observe(seconds)
         self._versions.inc()
+        self._captured_energy.set(quality.captured_energy)
+        self._truncation_error.set(quality.truncation_error)
+        self._eigengap.set(quality.eigengap)
+        self._consensus.set(quality.consensus)
 
 
 def metric_table() -> str:
