@@ -15,6 +15,7 @@ resident memory beyond what was resident before the call.
 import argparse
 import ctypes
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -232,11 +233,9 @@ def adapter_rows(sgemm: float, *, samples: int) -> list[Row]:
 
 
 def printed(rows: Sequence[Row]) -> None:
-    best = {
-        size: max((row.objective for row in rows if row.size.split()[:2] == size.split()[:2] and row.objective
-                   and row.size == size), default=0.0)
-        for size in {row.size for row in rows}
-    }  # fmt: skip
+    best = {row.size: 0.0 for row in rows}
+    for row in rows:
+        best[row.size] = max(best[row.size], row.objective or 0.0)
     print("| size | method | CPU-s | × floor | objective | extra MB | note |\n|---|---|---|---|---|---|---|")
     for row in rows:
         seconds = "skipped" if row.seconds is None else f"{row.seconds:.4f}"
@@ -261,6 +260,7 @@ def main() -> None:
     for d in map(int, arguments.sizes.split(",")):
         for count in map(int, arguments.clients.split(",")):
             for kind in ("random", "shared"):
+                print(f"d={d} N={count} {kind} ...", file=sys.stderr, flush=True)
                 rows += module_rows(d, count, kind, sgemm, quick=arguments.quick)
     if arguments.adapter:
         rows += adapter_rows(sgemm, samples=1 if arguments.quick else 3)
