@@ -95,12 +95,11 @@ class _Run:
             folded = self._server.fold(counted.uploads)
         else:
             self._server.skip()
-        scores = {rank: self._measure(rank) for rank in self._ranks_to_measure(number)}
+        scores: dict[int, Score | None] = {rank: self._measure(rank) for rank in self._ranks_to_measure(number)}
         for upload in counted.uploads:
             if upload.path not in self._own.values():
                 upload.path.unlink(missing_ok=True)
-        top = self._spec.lora.max_rank
-        for rank, score in (scores or {top: None}).items():
+        for rank, score in (scores or {self._spec.lora.max_rank: None}).items():
             yield self._row(number, rank, score, counted, folded, seconds=time.perf_counter() - begun)
 
     def _plan(self, number: int) -> tuple[Pick, ...]:

@@ -17,7 +17,15 @@ from glora_client.plan import AdapterUse, DeliveredAdapter
 from glora_server.aggregation import ClientContract, InitSource, MergeInstruction, check_options, find_strategy
 from glora_server.coordinator.expectations import check_file, check_scales, config_json, upload_specs
 from glora_server.coordinator.model import StatePart, TensorKind
-from glora_server.coordinator.ports import AggregateJob, CheckJob, InitialiseJob, RenderJob, StrategyChoice, UpdateRef
+from glora_server.coordinator.ports import (
+    AggregatedPart,
+    AggregateJob,
+    CheckJob,
+    InitialiseJob,
+    RenderJob,
+    StrategyChoice,
+    UpdateRef,
+)
 from glora_server.coordinator.readouts import present_specs, shards
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.engines import folding, jobs
@@ -124,7 +132,7 @@ class SimulatedServer:
         updates = self._updates(uploads)
         names = tuple(part.name for part in self._parts)
         parts = {part.name: part for part in self._parts}
-        made = []
+        made: list[AggregatedPart] = []
         with torch.no_grad():
             for shard in shards(names, self._manifest, self._spec.lora.max_rank):
                 job = AggregateJob(

@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizer
 
 WORDS = {"fruit": ("apple", "pear", "plum", "fig"), "tool": ("saw", "file", "drill", "axe"), "sea": ("tide", "reef")}
 FILLER = ("the", "a", "one", "old", "new", "red")
@@ -26,10 +26,10 @@ def save_tiny_encoder(folder: Path) -> Path:
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=32,
-        initializer_range=0.3,  # with 0.02 the first token would hardly see the others
+        initializer_range=0.1,  # with 0.02 the first token would hardly see the others
     )
     BertModel(config).save_pretrained(folder)
-    BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
     return folder
 
 

@@ -98,13 +98,19 @@ def rows() -> tuple[Result, ...]:
 
 def test_a_summary_is_mean_and_deviation_over_seeds(spec: SimSpec, rows: tuple[Result, ...]) -> None:
     glora, fedit = summaries(spec, rows)
-    assert glora.server == Spread(mean=pytest.approx(0.85), deviation=pytest.approx(0.05 * 2**0.5), count=2)
+    _close(glora.server, mean=0.85, deviation=0.05 * 2**0.5)
     assert glora.own is not None
     assert glora.own.mean == pytest.approx((0.6 + 0.8 + 0.7 + 0.9) / 4)
     assert fedit.by_rank[1].mean == pytest.approx(0.45)
     # Seed by seed 0.7 - 0.8 and 0.6 - 0.9: the spread of the differences, not that of the scores.
-    assert fedit.ahead == Spread(mean=pytest.approx(-0.2), deviation=pytest.approx(0.1 * 2**0.5), count=2)
+    _close(fedit.ahead, mean=-0.2, deviation=0.1 * 2**0.5)
     assert (fedit.bytes_up, fedit.bytes_down, fedit.seconds, fedit.lost) == (1024, 2048, 3.0, 2)
+
+
+def _close(found: Spread | None, *, mean: float, deviation: float) -> None:
+    assert found is not None
+    assert found.count == 2
+    assert (found.mean, found.deviation) == (pytest.approx(mean), pytest.approx(deviation))
 
 
 def test_the_spread_of_nothing_and_of_one() -> None:

@@ -56,6 +56,8 @@ max_length = 16
 learning_rate = 3e-2
 """
 
+LONG = {"steps = 2": "steps = 15", "rounds = 2": "rounds = 6", "min_rows = 8": 'split = "iid"'}
+
 
 @dataclass(frozen=True)
 class World:
@@ -146,7 +148,7 @@ def test_strategies_of_one_seed_start_alike_and_see_the_same_batches(world: Worl
 
 
 def test_a_run_learns(world: World) -> None:
-    rows = world.run(_entry("glora"), {"steps = 2": "steps = 12", "rounds = 2": "rounds = 4", "3e-2": "5e-2"})
+    rows = world.run(_entry("glora"), LONG)
     assert rows[-1].accuracy is not None
     assert rows[-1].accuracy > 0.8
 
