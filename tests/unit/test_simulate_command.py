@@ -110,7 +110,8 @@ def test_a_summary_is_mean_and_deviation_over_seeds(spec: SimSpec, rows: tuple[R
 def _close(found: Spread | None, *, mean: float, deviation: float) -> None:
     assert found is not None
     assert found.count == 2
-    assert (found.mean, found.deviation) == (pytest.approx(mean), pytest.approx(deviation))
+    assert found.mean == pytest.approx(mean)
+    assert found.deviation == pytest.approx(deviation)
 
 
 def test_the_spread_of_nothing_and_of_one() -> None:
