@@ -98,8 +98,15 @@ class AdaptedModel:
         for parameter in self._dense.values():
             parameter.requires_grad_(mask is not None)
 
+    def shrink(self, rank: int) -> None:
+        """Make the main adapter one of that smaller rank: the directions beyond it are zero from now on."""
+        with torch.no_grad():
+            for module in self._manifest.modules:
+                self._tensor(lora_key(module.name, "A"))[rank:] = 0.0
+                self._tensor(lora_key(module.name, "B"))[:, rank:] = 0.0
+
     def write(self, path: Path, *, rank: int, dtype: TensorDtype, upload_set: FactorSet = FactorSet.BOTH) -> None:
-        """Write the main adapter and the dense tensors as a payload file.
+        """Write the main adapter, its first `rank` directions, and the dense tensors as a payload file.
 
         Raises GloraError TRAINING_DIVERGED when a number is not finite, also one that `dtype` cannot hold; OSError.
         """
@@ -107,7 +114,7 @@ class AdaptedModel:
         specs = [spec for spec in adapter_specs(self._manifest, rank, dtype) if _is_sent(spec.name, upload_set)]
         with PayloadWriter(path, specs) as writer:
             for spec in specs:
-                numbers = tensors[spec.name].detach().to("cpu", TORCH_DTYPES[dtype]).contiguous()
+                numbers = _first(tensors[spec.name].detach(), spec).to("cpu", TORCH_DTYPES[dtype]).contiguous()
                 if not bool(torch.isfinite(numbers).all()):
                     raise GloraError(
                         Reason.TRAINING_DIVERGED,
@@ -159,7 +166,11 @@ class AdaptedModel:
         """Tensors of a file that was checked against the manifest."""
         header = read_header(adapter.path)
         present = {spec.name for spec in header.specs}
-        check_specs(header, _expected(self._manifest, adapter.rank, dtype, present))
+        expected = _expected(self._manifest, adapter.rank, dtype, present)
+        if adapter.use in {AdapterUse.FROZEN, AdapterUse.MERGE}:
+            # Dense tensors come with what is trained or evaluated.
+            expected = [spec for spec in expected if isinstance(split_key(spec.name), LoraKey) or spec.name in present]
+        check_specs(header, expected)
         tensors = load_file(str(adapter.path))
         for name, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
@@ -230,6 +241,11 @@ def _expected(manifest: Manifest, rank: int, dtype: TensorDtype, present: set[st
     """What a file must hold; dense tensors that start as the base model's are absent from the first version."""
     from_base = {dense_key(tensor.name) for tensor in manifest.dense if isinstance(tensor.init, BaseInit)}
     return adapter_specs(manifest, rank, dtype, base_dense=bool(from_base & present))
+
+
+def _first(tensor: Tensor, spec: TensorSpec) -> Tensor:
+    """The leading part of a factor that has the planned shape; factors of a smaller rank are slices."""
+    return tensor[tuple(slice(extent) for extent in spec.shape)]
 
 
 def _is_sent(key: str, upload_set: FactorSet) -> bool:

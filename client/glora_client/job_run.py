@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -155,7 +156,7 @@ class JobRun:
             run_name=assignment.run_name,
             round_number=assignment.round_number,
             digest=digest_file(self._state.update_path, algorithm_from_proto(assignment.hash_algorithm)).text,
-            adapter_config_json=main.config_json,
+            adapter_config_json=_with_rank(main.config_json, event.rank or main.rank, main.rank),
             training_rows=event.rows,
             completed_steps=event.steps,
             stopped_early=event.stopped_early,
@@ -166,3 +167,13 @@ class JobRun:
         )
         self._state.save_update(update)
         return update
+
+
+def _with_rank(config_json: str, rank: int, granted: int) -> str:
+    """The adapter_config of an adapter of `rank`; alpha follows, so that the scale stays."""
+    if rank == granted:
+        return config_json
+    document = json.loads(config_json)
+    document["lora_alpha"] = document["lora_alpha"] * rank / granted
+    document["r"] = rank
+    return json.dumps(document, indent=2, sort_keys=True)

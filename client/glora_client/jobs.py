@@ -114,7 +114,10 @@ def _train(work: _Work, function: Fit) -> None:
     report, planned = _fit(work, rows, function)
     if control.cancelled:
         return
-    work.adapted.write(job.out, rank=plan.rank, dtype=plan.wire_dtype, upload_set=plan.upload_set)
+    rank = report.rank or plan.rank
+    if rank < plan.rank:
+        work.adapted.shrink(rank)
+    work.adapted.write(job.out, rank=rank, dtype=plan.wire_dtype, upload_set=plan.upload_set)
     work.emit(
         Trained(
             rows=len(rows),
@@ -122,12 +125,13 @@ def _train(work: _Work, function: Fit) -> None:
             stopped_early=report.steps < planned,
             loss=report.loss,
             seconds=time.monotonic() - started,
+            rank=rank,
         )
     )
     if held_out is not None and plan.evaluate_after:
         # The update is on its way by now: the deadline was for it, not for what follows.
         control.set_seconds_left(None)
-        _measure(work, held_out, Measured.AFTER, plan.rank)
+        _measure(work, held_out, Measured.AFTER, rank)
 
 
 def _fit(work: _Work, rows: Encoder, function: Fit) -> tuple[FitReport, int]:

@@ -120,13 +120,14 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """The update lies in the job's `out`; an evaluation may follow."""
+    """The update lies in the job's `out`; an evaluation may follow. `rank` is what it has, 0: what was granted."""
 
     rows: int
     steps: int
     stopped_early: bool
     loss: float
     seconds: float
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

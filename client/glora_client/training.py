@@ -29,15 +29,20 @@ from torch import Tensor, nn
 
 from glora_client.batches import IGNORED, Batch, Batches, Encoder, RoundControl, StopReason
 from glora_client.plan import LocalPlan
+from glora_client.pruning import pruning
 from glora_wire.errors import GloraError, Reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
-    """Finished optimizer steps and the mean training loss over the last tenth of them."""
+    """Finished optimizer steps and the mean training loss over the last tenth of them.
+
+    `rank`: send this many leading directions of the adapter only, in runs that let devices shrink; None: all.
+    """
 
     steps: int
     loss: float
+    rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +68,14 @@ def fit(model: nn.Module, batches: Batches, plan: LocalPlan) -> FitReport:
     optimizer = _optimizer(parameters, plan)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _learning_rate(plan, len(batches)))
     device = parameters[0].device
+    spare = pruning(model, plan.rank, plan.extra)
     model.train()
     losses: list[float] = []
     for batch in batches:
         with _autocast(device, enabled=plan.mixed_precision):
             loss = model(**batch).loss
         value = float(loss.detach())
-        loss.backward()
+        (loss if spare is None else loss + spare.penalty()).backward()
         limit = plan.max_grad_norm if plan.max_grad_norm > 0 else math.inf
         norm = float(nn.utils.clip_grad_norm_(parameters, limit))
         if not (math.isfinite(value) and math.isfinite(norm)):
@@ -80,7 +86,11 @@ def fit(model: nn.Module, batches: Batches, plan: LocalPlan) -> FitReport:
         losses.append(value)
         batches.report(value)
     recent = losses[-max(1, len(losses) // 10) :]
-    return FitReport(steps=batches.done, loss=sum(recent) / len(recent) if recent else math.nan)
+    return FitReport(
+        steps=batches.done,
+        loss=sum(recent) / len(recent) if recent else math.nan,
+        rank=None if spare is None else spare.rank(),
+    )
 
 
 def run_fit(function: Fit, model: nn.Module, batches: Batches, plan: LocalPlan) -> FitReport:
@@ -93,6 +103,11 @@ def run_fit(function: Fit, model: nn.Module, batches: Batches, plan: LocalPlan) 
         raise GloraError(
             Reason.TRAINING_FAILED,
             f"The training function returned a {type(report).__name__}, not a glora_client.training.FitReport.",
+        )
+    if report.rank is not None and not 1 <= report.rank <= plan.rank:
+        raise GloraError(
+            Reason.TRAINING_FAILED,
+            f"The training function wants to send rank {report.rank}; {plan.rank} was granted.",
         )
     if batches.stopped is StopReason.DEADLINE and (not plan.allow_early_stop or report.steps == 0):
         raise GloraError(
