@@ -22,6 +22,7 @@ WAIT_SECONDS: Final = 20.0
 """The server answers after that time also when nothing changed."""
 LEAST_SECONDS: Final = 0.25
 """Between two looks, however fast things change."""
+_OPEN: Final = frozenset({"collecting", "grace", "aggregating"})
 _PAUSES: Final = (0.5, 1.0, 2.0, 5.0)
 """Seconds between attempts to reach a server that went away; the last one is repeated."""
 
@@ -108,7 +109,8 @@ class LineView:
                 doing = assignment.progress.phase if assignment.progress else ""
                 changes = f"{assignment.phase} {doing if assignment.closed_at is None else ''}"
                 self._say(assignment.id, f"  {device_line(assignment)}", changes=changes)
-        if run.phase not in ENDED:
+        # While a round is open its devices' lines say what is awaited; the sentence would change with every per cent.
+        if run.phase not in ENDED and (run.round is None or run.round.phase not in _OPEN):
             self._say("waiting", f"waits: {run.waiting}" if run.waiting else "", changes=run.waiting)
         for score in run.scores:
             if score.phase == "version":
