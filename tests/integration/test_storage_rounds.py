@@ -177,6 +177,15 @@ async def test_an_assignment_takes_one_upload_and_the_database_sees_to_it(store:
     assert raised.value.reason is Reason.ASSIGNMENT_UNKNOWN
 
 
+async def test_the_smallest_rank_of_a_device_that_shrank_is_known(store: SqlStore) -> None:
+    await store.write(stage_round)
+    await store.write(lambda uow: uow.uploads.add(upload()))
+    assert await store.read(lambda uow: uow.uploads.shrunk(RunId("id-first"))) == {}
+    await store.write(lambda uow: uow.uploads.judged(AssignmentId("a1"), 3.5, 2))
+    assert await store.read(lambda uow: uow.uploads.shrunk(RunId("id-first"))) == {"id-pi": 2}
+    assert await store.read(lambda uow: uow.uploads.shrunk(RunId("other"))) == {}
+
+
 async def test_uploads_of_a_round_come_in_order_of_their_assignments(store: SqlStore) -> None:
     """Capitals first: the order of bytes, whatever the locale of the database."""
     await store.write(stage)

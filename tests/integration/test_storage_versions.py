@@ -233,3 +233,22 @@ async def test_the_audit_log_is_listed_newest_first(store: SqlStore) -> None:
     first = await store.read(lambda uow: uow.audit.list(Page(size=3)))
     rest = await store.read(lambda uow: uow.audit.list(Page(size=3, token=first.next_token)))
     assert [replace(item, id=0) for item in (*first.items, *rest.items)] == entries[::-1]
+
+
+async def test_readouts_of_one_rank_are_kept_apart_by_what_was_cut(store: SqlStore) -> None:
+    await store.write(stage)
+    tail = readout(variant="tail", digest=digest("tail"))
+    for stored in (readout(), tail):
+        await store.write(bound(lambda uow, stored: uow.versions.put_readout(stored), stored))
+    assert await store.read(lambda uow: uow.versions.readout(_V0, 4, "float32")) == readout()
+    assert await store.read(lambda uow: uow.versions.readout(_V0, 4, "float32", "tail")) == tail
+    assert await store.read(lambda uow: uow.versions.readout(_V0, 4, "float32", "state")) is None
+
+
+async def test_the_rank_of_a_module_is_known_without_reading_its_tensors(store: SqlStore) -> None:
+    await store.write(stage)
+    await store.write(lambda uow: uow.versions.add(version(1)))
+    sigma = TensorData(dtype="float32", shape=(3,), data=bytes(12))
+    module = replace(part(), tensors=dict(part().tensors) | {"sigma": sigma})
+    await store.write(lambda uow: uow.versions.put_part(_V1, module))
+    assert await store.read(lambda uow: uow.versions.module_ranks(_V1)) == {part().name: 3}

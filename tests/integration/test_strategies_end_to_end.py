@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
-from coordinator_world import MANIFEST, Phone, Trained, World, a_world, payload
+from coordinator_world import MANIFEST, Phone, Trained, World, a_world, config, payload
 from tiny_numerics import Array
 from torch import Tensor
 
@@ -313,6 +313,50 @@ async def test_other_ranks_cannot_be_let_in_later_where_the_method_has_one(world
         await world.now.commands.edit_policy("admin", run.name, {"min_rank": 2})
     kept = await world.now.commands.edit_policy("admin", run.name, {"quorum": 1})
     assert json.loads(kept.spec_json)["policy"]["min_rank"] == 4
+
+
+def smaller(phone: Phone, offer: WorkOffer, sent: Mapping[str, Array], rank: int) -> tuple[Tensors, Trained]:
+    """The first directions of an adapter as an update of that rank."""
+    cut = {
+        key: value[:rank] if ".lora_A." in key else value[:, :rank] if ".lora_B." in key else value
+        for key, value in sent.items()
+    }
+    cut |= {f"base_model.model.{d.name}": np.zeros(d.shape, np.float32) for d in MANIFEST.dense}
+    made = update_file(phone, offer, cut, 100)
+    return cut, replace(made, header=replace(made.header, adapter_config_json=config(rank, SCALE)))
+
+
+async def test_a_device_that_shrank_has_the_smaller_rank_from_then_on(world: World) -> None:
+    run, (small, big) = await started(world, "hetlora", {}, MIXED)
+    said = await play(world, run, (small, big), 1)
+    before = {module: await published(world, run, 1, module) for module in MODULES}
+    offers = await asyncio.gather(small.offer(), big.offer())
+    assert [offer.assignment.rank for offer in offers] == [2, 4]
+    other = await take_part(small, offers[0], 300)
+    cut, update = smaller(big, offers[1], await big.pull(offers[1]), 3)
+    assert (await big.push(offers[1], update, piece=4096)).state == "accepted"
+    await world.until(run.id, lambda uow: uow.runs.get(run.id).rounds_done == 2)
+    for module in MODULES:
+        updates = [
+            ClientUpdate(*pair(tensors, module), SCALE, rows) for tensors, rows in ((other.trained, 300), (cut, 100))
+        ]
+        made = aggregate("hetlora", before[module], updates, rank=4, round_index=1)
+        state = await published(world, run, 2, module)
+        torch.testing.assert_close(dense(state), dense(made.state), rtol=1e-4, atol=1e-5)
+    assert [device.offer.assignment.rank for device in said] == [2, 4]
+    assert [device.offer.assignment.rank for device in await play(world, run, (small, big), 3)] == [2, 3]
+
+
+async def test_a_smaller_rank_is_refused_by_strategies_that_grant_one(world: World) -> None:
+    _, phones = await started(world, "glora", {}, MIXED)
+    _, offer = await asyncio.gather(*(phone.offer() for phone in phones))
+    _, update = smaller(phones[1], offer, await phones[1].pull(offer), 3)
+    status = await phones[1].push(offer, update, piece=4096)
+    assert status.state == "rejected"
+    assert status.refusal is not None
+    assert status.refusal.reason is Reason.RANK_WRONG
+    with pytest.raises(GloraError, match="hetlora_gamma"):
+        await world.start_run("second", strategy={"name": "fedit"}, training={"extra": {"hetlora_gamma": "0.9"}})
 
 
 async def test_what_was_measured_is_stored_for_every_module(world: World) -> None:

@@ -38,6 +38,15 @@ class _Case:
     upload: Upload
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Verdict:
+    """What came of it: what speaks against it, its norm, and its rank where that is smaller than granted."""
+
+    refusal: Refusal | None
+    norm: float | None = None
+    shrunk_rank: int | None = None
+
+
 class Judge:
     """Performs the owed effect "validate"."""
 
@@ -66,8 +75,9 @@ class Judge:
         case = await self._store.read(partial(_load, owed))
         if case is None:
             return
-        refusal, norm = await self._verdict(case)
-        done = await self._engine.commit(partial(self._enter, owed, refusal, norm), moved=one)
+        verdict = await self._verdict(case)
+        refusal = verdict.refusal
+        done = await self._engine.commit(partial(self._enter, owed, verdict), moved=one)
         if done is None:
             return
         self._observer.upload_judged(refusal)
@@ -81,25 +91,27 @@ class Judge:
                 message=refusal.message,
             )
 
-    async def _verdict(self, case: _Case) -> tuple[Refusal | None, float | None]:
-        """The refusal, or None and the norm; trouble that passes is raised and leaves the verdict owed.
+    async def _verdict(self, case: _Case) -> _Verdict:
+        """What speaks against the update, if anything does; trouble that passes is raised and leaves it owed.
 
         An update that ends the worker three times in a row is refused: the round must not wait for it for ever.
         """
         try:
             async with AsyncExitStack() as files:
-                result = await retrying(partial(self._numerics.check, await self._job(case, files)))
+                job, rank = await self._job(case, files)
+                result = await retrying(partial(self._numerics.check, job))
         except GloraError as error:
             if error.retry_after is not None:
                 raise
-            return error.as_refusal(), None
+            return _Verdict(refusal=error.as_refusal())
         except FileNotFoundError:
             message = "The server lost the bytes of the update; it cannot be counted in this round."
-            return Refusal(reason=Reason.INTERNAL, message=message), None
-        return result.refusal, result.norm
+            return _Verdict(refusal=Refusal(reason=Reason.INTERNAL, message=message))
+        smaller = rank if result.refusal is None and rank < case.assignment.rank else None
+        return _Verdict(refusal=result.refusal, norm=result.norm, shrunk_rank=smaller)
 
-    async def _job(self, case: _Case, files: AsyncExitStack) -> CheckJob:
-        """The judgement of the numbers; raises what is wrong with the headers."""
+    async def _job(self, case: _Case, files: AsyncExitStack) -> tuple[CheckJob, int]:
+        """The judgement of the numbers, and the update's rank; raises what is wrong with the headers."""
         run, text = case.run, case.upload.adapter_config_json
         spec = RunSpec.from_json(run.spec_json)
         wanted = await self._catalogue.of_round(spec, case.round_number)
@@ -111,19 +123,20 @@ class Judge:
         if wanted.upload_set != "both":
             readout = await self._readouts.ensure(run, case.base, case.assignment.rank)
             sent = await files.enter_async_context(local_file(self._blobs, readout.digest))
-        return CheckJob(
+        job = CheckJob(
             path=path,
             scales=scales,
             expected=upload_specs(run.manifest, rank, spec.wire.dtype, wanted.upload_set),
             max_norm=spec.limits.max_update_norm,
             sent_path=sent,
         )
+        return job, rank
 
-    def _enter(self, owed: Owed, refusal: Refusal | None, norm: float | None, uow: UnitOfWork) -> Transition | None:
+    def _enter(self, owed: Owed, found: _Verdict, uow: UnitOfWork) -> Transition | None:
         if _load(owed, uow) is None or owed.assignment_id is None:
             return None
-        uow.uploads.judged(owed.assignment_id, norm)
-        verdict = AcceptUpdate() if refusal is None else RejectUpdate(refusal)
+        uow.uploads.judged(owed.assignment_id, found.norm, found.shrunk_rank)
+        verdict = AcceptUpdate() if found.refusal is None else RejectUpdate(found.refusal)
         return step(uow, owed.round_id, Moved(owed.assignment_id, verdict), at=self._engine.clock())
 
 

@@ -187,6 +187,8 @@ class Upload:
     received_at: float
     update_norm: float | None = None
     """Frobenius norm of the whole update, once it was judged."""
+    shrunk_rank: int | None = None
+    """Its rank where that is smaller than what was granted, once it was accepted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -193,8 +193,12 @@ class Uploads(Protocol):
         """Updates of the round, in order of assignment id."""
         ...
 
-    def judged(self, assignment_id: AssignmentId, update_norm: float | None) -> None:
-        """Note the norm that validation measured."""
+    def judged(self, assignment_id: AssignmentId, update_norm: float | None, shrunk_rank: int | None = None) -> None:
+        """Note the norm that validation measured, and the rank of an update that has a smaller one than granted."""
+        ...
+
+    def shrunk(self, run_id: RunId) -> Mapping[DeviceId, int]:
+        """The smallest rank that each device shrank to in the run; devices that never did are absent."""
         ...
 
     def digests(self) -> frozenset[str]:

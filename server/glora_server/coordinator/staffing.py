@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from glora_server.coordinator.hub import Available
 from glora_server.coordinator.model import Device, DeviceState, Profile, Run
@@ -46,9 +47,12 @@ def candidate(device: Device, profile: Profile, declined: Refusal | None) -> Can
 def candidates(uow: UnitOfWork, run: Run, available: Available) -> list[Candidate]:
     """Approved devices that would take work now (profile, and since when it says so) and may work for the run.
 
-    A device that declined for good counts again once it was restarted with something new to say.
+    A device that declined for good counts again once it was restarted with something new to say. One that shrank its
+    rank in this run keeps the smaller one, though never less than the run's smallest.
     """
     declined = uow.rounds.declined_for(run.id)
+    shrunk = uow.uploads.shrunk(run.id)
+    smallest = RunSpec.from_json(run.spec_json).policy.min_rank
     found = []
     for device in uow.devices.all():
         present = available.get(device.id)
@@ -57,7 +61,9 @@ def candidates(uow: UnitOfWork, run: Run, available: Available) -> list[Candidat
         profile, since = present
         if profile.run_name and profile.run_name not in {run.name, run.id}:
             continue
-        found.append(candidate(device, profile, standing_refusal(declined, device.id, since)))
+        there = candidate(device, profile, standing_refusal(declined, device.id, since))
+        own = max(shrunk.get(device.id, device.granted_rank), smallest)
+        found.append(replace(there, granted_rank=min(there.granted_rank, own)))
     return found
 
 

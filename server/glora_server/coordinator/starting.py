@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from glora_server.coordinator.model import Run, StatePart, Version, new_id
 from glora_server.coordinator.numerics import retrying
@@ -14,6 +15,9 @@ from glora_server.rounds.ids import RunId, VersionId
 from glora_server.rounds.run import RunPhase
 from glora_wire.errors import GloraError, Reason
 from glora_wire.manifest import BaseInit, Manifest, NormalInit
+
+PRUNING_KEYS: Final = frozenset({"hetlora_gamma", "hetlora_lambda"})
+"""What devices read in training.extra (glora_client.pruning)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,6 +55,13 @@ class RunStarter:
         )
         if refusal is not None:
             raise GloraError(refusal.reason, refusal.message)
+        prunes = sorted(key for key in spec.training.extra if key in PRUNING_KEYS)
+        if prunes and not (await retrying(partial(self.numerics.describe, choice, round_index=0))).may_shrink:
+            raise GloraError(
+                Reason.SPEC_INVALID,
+                f"training.extra has {' and '.join(prunes)}, by which devices shrink their rank, and strategy "
+                f"{choice.name} does not take smaller ranks than it granted; leave them out or use hetlora.",
+            )
 
     async def first_version(self, run: Run) -> VersionId:
         """Version 0, stored and not published: an empty state, dense tensors drawn from the run's seed."""

@@ -309,6 +309,7 @@ class UploadRow(Base):
     training_seconds: Mapped[float]
     received_at: Mapped[float]
     update_norm: Mapped[float | None]
+    shrunk_rank: Mapped[int | None]
 
 
 class MeasurementRow(Base):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 
 from glora_server.coordinator.model import Measurement, Upload
-from glora_server.rounds.ids import AssignmentId, RoundId, RunId
-from glora_server.storage.models import MeasurementRow, UploadRow
+from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId
+from glora_server.storage.models import MeasurementRow, RoundRow, UploadRow
 from glora_server.storage.repositories.rows import (
     Session,
     add_unless_there,
@@ -46,13 +46,24 @@ class UploadRepository:
         # Sorted here: what order text has in PostgreSQL depends on its locale, and folding must not.
         return tuple(sorted((built(Upload, row) for row in rows), key=lambda upload: upload.assignment_id))
 
-    def judged(self, assignment_id: AssignmentId, update_norm: float | None) -> None:
-        """Note the norm that validation measured."""
-        statement = update(UploadRow).where(UploadRow.assignment_id == assignment_id).values(update_norm=update_norm)
+    def judged(self, assignment_id: AssignmentId, update_norm: float | None, shrunk_rank: int | None = None) -> None:
+        """Note the norm that validation measured, and the rank of an update that has a smaller one than granted."""
+        values = {"update_norm": update_norm, "shrunk_rank": shrunk_rank}
+        statement = update(UploadRow).where(UploadRow.assignment_id == assignment_id).values(values)
         if self._session.connection.execute(statement).rowcount != 1:
             raise GloraError(
                 Reason.ASSIGNMENT_UNKNOWN, f"Assignment {assignment_id} has no update.", assignment=assignment_id
             )
+
+    def shrunk(self, run_id: RunId) -> Mapping[DeviceId, int]:
+        """The smallest rank that each device shrank to in the run; devices that never did are absent."""
+        statement = (
+            select(UploadRow.device_id, func.min(UploadRow.shrunk_rank).label("rank"))
+            .join(RoundRow, RoundRow.id == UploadRow.round_id)
+            .where(RoundRow.run_id == run_id, UploadRow.shrunk_rank.is_not(None))
+            .group_by(UploadRow.device_id)
+        )
+        return {DeviceId(row.device_id): row.rank for row in self._session.rows(statement)}
 
     def digests(self) -> frozenset[str]:
         """Digest.text of every blob that an upload row refers to (for clean-up)."""

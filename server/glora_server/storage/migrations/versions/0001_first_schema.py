@@ -329,6 +329,7 @@ def _reports() -> None:
         sa.Column("training_seconds", sa.Double(), nullable=False),
         sa.Column("received_at", sa.Double(), nullable=False),
         sa.Column("update_norm", sa.Double(), nullable=True),
+        sa.Column("shrunk_rank", sa.BigInteger(), nullable=True),
         sa.ForeignKeyConstraint(
             ["assignment_id"], ["assignments.id"], name=op.f("fk_uploads_assignment_id_assignments")
         ),
