@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from glora_cli.simulate_spec import SimSpec, parse_sim_toml
 from glora_wire.errors import GloraError, Reason
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = """\
 name = "small"
 
@@ -85,3 +88,16 @@ def test_odds_of_ranks_belong_to_the_ranks() -> None:
 
 def test_equal_descriptions_are_equal() -> None:
     assert parse_sim_toml(SMALL) == SimSpec.model_validate_json(parse_sim_toml(SMALL).model_dump_json())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench" / "accuracy").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_experiments_can_be_read(path: Path) -> None:
+    spec = parse_sim_toml(path.read_text(encoding="utf-8"), source=str(path))
+    assert spec.name == path.stem
+    assert len(spec.seeds) >= 3
+
+
+def test_the_example_of_the_documentation_can_be_read() -> None:
+    text = (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    example = text.split("```toml\n")[1].split("```")[0]
+    assert [entry.title for entry in parse_sim_toml(example).strategies] == ["glora", "mean, R = 32"]
