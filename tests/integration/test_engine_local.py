@@ -120,7 +120,8 @@ async def test_verdicts_and_errors_cross_the_pipe(engine: LocalEngine, tmp_path:
     assert refusal is not None
     assert refusal.reason is Reason.STRATEGY_UNKNOWN
     assert "glora" in {info.name for info in await engine.strategies()}
-    described = await engine.describe(StrategyChoice(name="glora", options={"rule": "accumulate"}))
+    choice = StrategyChoice(name="glora", options={"rule": "accumulate"})
+    described = await engine.describe(choice, round_index=0)
     assert described.init == "fresh"
 
 

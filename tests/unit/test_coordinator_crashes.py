@@ -29,7 +29,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 async def two_at_work(world: World, **policy: Any) -> tuple[Run, list[Phone], list[WorkOffer], list[Trained]]:
     """A run of one round whose two devices have trained; their mean has 3.0 in its first entry."""
     phones = [await world.phone("a"), await world.phone("b")]
-    run = await world.start_run(**({"quorum": 2, "rounds": 1} | policy))
+    settings: dict[str, Any] = {"quorum": 2, "rounds": 1} | policy
+    run = await world.start_run(**settings)
     offers = list(await asyncio.gather(*(phone.offer() for phone in phones)))
     trained = [phone.train(offer, value=value) for phone, offer, value in zip(phones, offers, (1.0, 5.0), strict=True)]
     return run, phones, offers, trained
