@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated
 
@@ -113,6 +114,11 @@ def _made(spec: SimSpec, data: Path, pairs: Sequence[Pair], jobs: int) -> Iterat
         try:
             for future in as_completed(futures):
                 yield future.result()
+        except BrokenProcessPool as error:
+            raise GloraError(
+                Reason.INTERNAL,
+                "A simulating process was ended from outside, probably for want of memory; go on with fewer --jobs.",
+            ) from error
         finally:
             for future in futures:
                 future.cancel()

@@ -99,6 +99,7 @@ def _by_rank(spec: SimSpec, rows: Sequence[Result], axes: Axes) -> None:
 
 def _spectra(spec: SimSpec, rows: Sequence[Result], axes: Axes) -> None:
     axes.set_xlabel("j")
+    _whole_numbers(axes)
     axes.set_ylabel("σ of direction j")
     axes.set_yscale("log")
     for number, entry in enumerate(spec.strategies):
@@ -119,6 +120,7 @@ def _spectra(spec: SimSpec, rows: Sequence[Result], axes: Axes) -> None:
 
 def _over_rounds(spec: SimSpec, rows: Sequence[Result], axes: Axes, value: Callable[[Result], float | None]) -> None:
     """A line for each strategy, mean over seeds by round, and a band of one standard deviation to both sides."""
+    _whole_numbers(axes)
     for number, entry in enumerate(spec.strategies):
         ours = {(row.seed, row.round): row for row in rows if row.strategy == entry.title}
         points = [
@@ -133,6 +135,13 @@ def _over_rounds(spec: SimSpec, rows: Sequence[Result], axes: Axes, value: Calla
             low = [mean - deviation for mean, deviation in zip(means, deviations, strict=True)]
             high = [mean + deviation for mean, deviation in zip(means, deviations, strict=True)]
             axes.fill_between(rounds, low, high, color=colour, alpha=0.12, linewidth=0)
+
+
+def _whole_numbers(axes: Axes) -> None:
+    """Let the horizontal axis have ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _percent_of(row: Result) -> float | None:
