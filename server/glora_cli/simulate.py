@@ -68,7 +68,6 @@ def simulate(
 
         require_matplotlib()
     folder = out or Path(f"simulation-{described.name}")
-    folder.mkdir(parents=True, exist_ok=True)
     say: Say = (lambda _line: None) if quiet or as_json else typer.echo
     rows = run_all(described, data or spec.parent, folder / _RESULTS, jobs=jobs, say=say)
     found = summaries(described, rows)
@@ -83,6 +82,7 @@ def simulate(
 def run_all(spec: SimSpec, data: Path, results: Path, *, jobs: int, say: Say) -> tuple[Result, ...]:
     """All rows of the simulation, those that are not in the file yet made now and added to it pair by pair."""
     digest = _digests(spec, data)
+    results.parent.mkdir(parents=True, exist_ok=True)
     have = wanted_rows(read_results(results), spec, digest, results)
     done = {pair_of(row) for row in have}
     left = [(entry.title, seed) for seed in spec.seeds for entry in spec.strategies if (entry.title, seed) not in done]
