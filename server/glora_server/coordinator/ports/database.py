@@ -1,16 +1,13 @@
-"""What the coordinator needs from the outside: a store, blobs, an engine for numerics, an authority, a clock.
+"""The relational database: repositories, a unit of work, the store.
 
 A repository method answers with a record or raises GloraError with the reason that names what is missing; a broken
-database or disk is another exception. `save` compares `row_version` and raises STALE_STATE when somebody was faster.
+database is another exception. `save` compares `row_version` and raises STALE_STATE when somebody was faster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from glora_server.coordinator.model import (
     AuditEntry,
@@ -31,9 +28,7 @@ from glora_server.coordinator.model import (
 from glora_server.rounds.assignment import Assignment
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, TokenId, VersionId
 from glora_server.rounds.round import Round
-from glora_wire.digests import Digest
 from glora_wire.errors import Refusal
-from glora_wire.payload import TensorSpec
 
 T = TypeVar("T")
 
@@ -353,224 +348,4 @@ class Store(Protocol):
 
     async def read(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run `work` on a consistent snapshot that it must not change."""
-        ...
-
-
-class Blobs(Protocol):
-    """Files addressed by their content."""
-
-    def adopt(self, path: Path, digest: Digest) -> None:
-        """Move a finished, synced local file into the store; harmless when the content is there already."""
-        ...
-
-    def local(self, digest: Digest) -> AbstractContextManager[Path]:
-        """A local path with the content while the context is open; raises FileNotFoundError."""
-        ...
-
-    def exists(self, digest: Digest) -> bool:
-        """Whether the content is there."""
-        ...
-
-    def delete(self, digest: Digest) -> None:
-        """Remove; harmless when it is not there."""
-        ...
-
-    def stored(self) -> Iterable[Digest]:
-        """Every content that is there (for clean-up)."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StrategyChoice:
-    """A strategy by name with its options, as numbers, strings and booleans."""
-
-    name: str
-    options: Mapping[str, str | float | int | bool]
-
-
-Frozen = Literal["", "tail", "state"]
-
-ReadoutVariant = Literal["train", "fresh", "tail", "state"]
-"""What is cut from a state. "train": what the strategy hands out at a rank. "fresh": what it hands out of an empty
-state. "tail": the directions beyond those of a smaller adapter. "state": the directions from the first one on."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StrategyInfo:
-    """What a strategy wants of devices in a round (names as in types.proto, lower case) and what it promises.
-
-    `frozen`: what of the state devices load beside the adapter that they train: nothing, the directions beyond its
-    rank, or all of it. `needs_sent`: aggregation asks for the adapter that each device was sent. `may_shrink`: an
-    update may have a smaller rank than was granted.
-    """
-
-    name: str
-    summary: str
-    train_mask: str
-    init: str
-    upload_set: str
-    mixed_ranks: bool
-    frozen: Frozen = ""
-    needs_sent: bool = False
-    reset_optimizer: bool = True
-    may_shrink: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InitialiseJob:
-    """Make the parts of version 0: empty module states, dense tensors drawn from (seed, name)."""
-
-    strategy: StrategyChoice
-    modules: tuple[tuple[str, int, int], ...]
-    """(name, out_features, in_features)"""
-    dense: tuple[tuple[str, tuple[int, ...], float], ...]
-    """(name, shape, standard deviation; 0 = zeros)"""
-    rank: int
-    seed: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RenderJob:
-    """Write the tensors of some parts into an adapter file of `rank` that `path` already holds the header of."""
-
-    path: Path
-    """A file of the final size; its safetensors header says where each tensor goes."""
-    strategy: StrategyChoice
-    parts: tuple[StatePart, ...]
-    rank: int
-    scale: float
-    seed: int
-    version_number: int
-    style: str
-    """"balanced" or "a_orthonormal"."""
-    variant: ReadoutVariant = "train"
-    first: int = 0
-    """How many leading directions of the state a "tail" leaves out."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckJob:
-    """Judge the numbers of an update whose header was checked: finite, and not absurdly large."""
-
-    path: Path
-    scales: Mapping[str, float]
-    """s of every module."""
-    expected: tuple[TensorSpec, ...]
-    max_norm: float
-    """Largest Frobenius norm of the whole ΔW; 0 = no limit."""
-    sent_path: Path | None = None
-    """The adapter file that the device started from: it has the factor that the device does not send."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckResult:
-    """The verdict; `norm` is ‖ΔW‖_F over all modules."""
-
-    refusal: Refusal | None
-    norm: float | None
-    module_norms: Mapping[str, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpdateRef:
-    """One accepted update, by file."""
-
-    device_id: DeviceId
-    path: Path
-    scales: Mapping[str, float]
-    """s of every module."""
-    weight: float
-    sent_path: Path | None
-    """The adapter file that the device started from; its scale is `sent_scale` everywhere."""
-    sent_scale: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AggregateJob:
-    """Fold the updates of one shard of parts; parts share nothing."""
-
-    strategy: StrategyChoice
-    parts: tuple[StatePart, ...]
-    """The previous state. A dense part without tensors was never aggregated before."""
-    updates: tuple[UpdateRef, ...]
-    rank: int
-    round_index: int
-    wire_dtype: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AggregatedPart:
-    """The new state of one part and what was measured (JSON object; empty for dense parts)."""
-
-    part: StatePart
-    diagnostics_json: str
-
-
-class NumericsEngine(Protocol):
-    """Runs the numerics outside of the event loop, in a worker that may die: then WorkerLostError, and try again."""
-
-    async def initialise(self, job: InitialiseJob) -> tuple[StatePart, ...]:
-        """The parts of version 0."""
-        ...
-
-    async def render(self, job: RenderJob) -> None:
-        """Write tensors into the file."""
-        ...
-
-    async def check(self, job: CheckJob) -> CheckResult:
-        """Judge an update."""
-        ...
-
-    async def aggregate(self, job: AggregateJob) -> tuple[AggregatedPart, ...]:
-        """The new parts, in the order of the job; raises GloraError for input that can not be aggregated."""
-        ...
-
-    async def strategies(self) -> tuple[StrategyInfo, ...]:
-        """What can be chosen."""
-        ...
-
-    async def describe(self, choice: StrategyChoice, *, round_index: int) -> StrategyInfo:
-        """What the strategy wants with these options in that round, from 0; raises STRATEGY_UNKNOWN or _OPTIONS.
-
-        It differs between even and odd rounds at most.
-        """
-        ...
-
-    async def check_strategy(self, choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) -> Refusal | None:
-        """Why the strategy cannot serve a run with these options and ranks; None when it can."""
-        ...
-
-
-class WorkerLostError(Exception):
-    """The worker process ended; the job can be given again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IssuedCertificate:
-    """A certificate for a device, PEM."""
-
-    pem: str
-    serial: str
-    expires_at: float
-
-
-class Authority(Protocol):
-    """The server's certificate authority."""
-
-    @property
-    def certificate_pem(self) -> str:
-        """The CA certificate."""
-        ...
-
-    @property
-    def pin(self) -> str:
-        """Hex SHA-256 of the CA certificate (DER), for join tokens."""
-        ...
-
-    def key_of(self, certificate_request_pem: str) -> str:
-        """Hex SHA-256 of the public key (DER) in the request; raises CSR_INVALID."""
-        ...
-
-    def issue(self, certificate_request_pem: str, device_id: DeviceId, name: str) -> IssuedCertificate:
-        """A client certificate for the key in the request and nothing else of it; raises CSR_INVALID."""
         ...
