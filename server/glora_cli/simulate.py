@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,8 @@ from glora_wire.errors import GloraError, Reason
 
 app = single()
 Say = Callable[[str], None]
+Made = tuple[Result, ...] | str
+"""The rows of one strategy with one seed, or the sentence that says why there are none."""
 _RESULTS = "results.jsonl"
 
 
@@ -69,7 +72,7 @@ def simulate(
         require_matplotlib()
     folder = out or Path(f"simulation-{described.name}")
     say: Say = (lambda _line: None) if quiet or as_json else typer.echo
-    rows = run_all(described, data or spec.parent, folder / _RESULTS, jobs=jobs, say=say)
+    rows, problems = run_all(described, data or spec.parent, folder / _RESULTS, jobs=jobs, say=say)
     found = summaries(described, rows)
     write_report(described, rows, folder, plots=plots)
     if as_json:
@@ -77,10 +80,18 @@ def simulate(
     else:
         console().print(final_table(described, found))
         typer.echo(f"{len(rows)} rows in {folder / _RESULTS}; report in {folder}.")
+    if problems:
+        shown = "\n".join(problems)
+        raise GloraError(Reason.INTERNAL, f"{len(problems)} runs failed; a second start tries them again:\n{shown}")
 
 
-def run_all(spec: SimSpec, data: Path, results: Path, *, jobs: int, say: Say) -> tuple[Result, ...]:
-    """All rows of the simulation, those that are not in the file yet made now and added to it pair by pair."""
+def run_all(
+    spec: SimSpec, data: Path, results: Path, *, jobs: int, say: Say
+) -> tuple[tuple[Result, ...], tuple[str, ...]]:
+    """All rows of the simulation, those that are not in the file yet made now and added to it pair by pair.
+
+    With them a sentence for each run that failed: hours of others are not lost for it.
+    """
     digest = _digests(spec, data)
     results.parent.mkdir(parents=True, exist_ok=True)
     have = wanted_rows(read_results(results), spec, digest, results)
@@ -88,17 +99,22 @@ def run_all(spec: SimSpec, data: Path, results: Path, *, jobs: int, say: Say) ->
     left = [(entry.title, seed) for seed in spec.seeds for entry in spec.strategies if (entry.title, seed) not in done]
     if done:
         say(f"{len(done)} of {len(done) + len(left)} runs are in {results} already.")
-    rows = list(have)
+    rows, problems = list(have), []
     for number, made in enumerate(_made(spec, data, left, jobs), start=1):
+        if isinstance(made, str):
+            problems.append(made)
+            say(f"[{number}/{len(left)}] {made}")
+            continue
         append_results(results, made)
         rows += made
         say(_line(made, number, len(left)))
     order = {entry.title: place for place, entry in enumerate(spec.strategies)}
-    return tuple(sorted(rows, key=lambda row: (order[row.strategy], row.seed, row.round, row.rank)))
+    ordered = sorted(rows, key=lambda row: (order[row.strategy], row.seed, row.round, row.rank))
+    return tuple(ordered), tuple(problems)
 
 
-def _made(spec: SimSpec, data: Path, pairs: Sequence[Pair], jobs: int) -> Iterator[tuple[Result, ...]]:
-    """The rows of each pair as it is finished."""
+def _made(spec: SimSpec, data: Path, pairs: Sequence[Pair], jobs: int) -> Iterator[Made]:
+    """The rows of each pair as it is finished, or why it failed."""
     if not pairs:
         return
     jobs = min(jobs, len(pairs))
@@ -109,8 +125,9 @@ def _made(spec: SimSpec, data: Path, pairs: Sequence[Pair], jobs: int) -> Iterat
         return
     # A forked child would inherit torch's threads half alive.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=_start_process, initargs=(spec, data)) as pool:
-        futures = [pool.submit(_run_in_process, pair) for pair in pairs]
+    text = spec.model_dump_json()
+    with ProcessPoolExecutor(jobs, context) as pool:
+        futures = [pool.submit(_run_in_process, text, data, pair) for pair in pairs]
         try:
             for future in as_completed(futures):
                 yield future.result()
@@ -156,8 +173,8 @@ class _Process:
             batch_size=spec.measuring.batch_size,
         )
 
-    def run(self, pair: Pair) -> tuple[Result, ...]:
-        """The rows of one strategy with one seed."""
+    def run(self, pair: Pair) -> Made:
+        """What one strategy with one seed gives."""
         from glora_cli.simulate_run import simulate_pair
 
         title, seed = pair
@@ -165,22 +182,18 @@ class _Process:
         try:
             return simulate_pair(self._setting, self._bench, entry, seed)
         except GloraError as error:
-            raise GloraError(error.reason, f"{title}, seed {seed}: {error.message}") from error
+            return f"{title}, seed {seed}: {error.message}"
 
 
-_process: _Process | None = None
-"""Of a child process; nobody else sets it."""
-
-
-def _start_process(spec: SimSpec, data: Path) -> None:
-    global _process  # noqa: PLW0603 - how a pool hands something to all calls of a process
+@cache
+def _process_of(text: str, data: Path) -> _Process:
+    """The one of a child process, made by its first run: an error in a pool's initialiser would lose its words."""
     _quiet_libraries()
-    _process = _Process(spec, data)
+    return _Process(SimSpec.model_validate_json(text), data)
 
 
-def _run_in_process(pair: Pair) -> tuple[Result, ...]:
-    assert _process is not None  # noqa: S101 - the pool calls its initialiser first
-    return _process.run(pair)
+def _run_in_process(text: str, data: Path, pair: Pair) -> Made:
+    return _process_of(text, data).run(pair)
 
 
 def _digests(spec: SimSpec, data: Path) -> dict[str, str]:

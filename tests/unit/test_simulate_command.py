@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,6 +192,25 @@ def test_the_command_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     assert [one["strategy"] for one in json.loads(again.output)] == ["glora", "fedit"]
     after = sorted(read_results(results), key=lambda row: (row.strategy, row.seed, row.rank))
     assert [_timeless(row) for row in after] == [_timeless(row) for row in before]
+
+
+def test_a_run_that_fails_costs_nobody_elses_rows(
+    spec: SimSpec, rows: tuple[Result, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("train.jsonl", "held_out.jsonl"):
+        write_texts(tmp_path / name, 3, seed=0)
+
+    def made(*_: object) -> Iterator[simulate.Made]:
+        yield rows[:2]
+        yield "glora, seed 1: The layer could not be aggregated."
+        yield rows[4:6]
+
+    monkeypatch.setattr(simulate, "_made", made)
+    said: list[str] = []
+    found, problems = simulate.run_all(spec, tmp_path, tmp_path / "results.jsonl", jobs=1, say=said.append)
+    assert found == read_results(tmp_path / "results.jsonl") == (*rows[:2], *rows[4:6])
+    assert problems == ("glora, seed 1: The layer could not be aggregated.",)
+    assert [line[:5] for line in said] == ["[1/4]", "[2/4]", "[3/4]"]
 
 
 def _timeless(row: Result) -> Result:
