@@ -11,14 +11,14 @@ import json
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import pytest_asyncio
 import torch
 from coordinator_world import MANIFEST, Phone, Trained, World, a_world, config, payload
-from tiny_numerics import Array
+from tiny_numerics import Array, read_tensors
 from torch import Tensor
 
 from glora_server.aggregation import STRATEGIES, ClientUpdate, LayerState, aggregate
@@ -357,6 +357,26 @@ async def test_a_smaller_rank_is_refused_by_strategies_that_grant_one(world: Wor
     assert status.refusal.reason is Reason.RANK_WRONG
     with pytest.raises(GloraError, match="hetlora_gamma"):
         await world.start_run("second", strategy={"name": "fedit"}, training={"extra": {"hetlora_gamma": "0.9"}})
+
+
+@pytest.mark.parametrize("flavour", ["peft", "serving"])
+@pytest.mark.parametrize("name", ["ffa", "fedit", "glora"])
+async def test_an_export_is_the_best_part_of_the_model_whatever_the_strategy_keeps(
+    world: World, tmp_path: Path, name: str, flavour: Literal["peft", "serving"]
+) -> None:
+    """The module of three outputs has a state of rank 3, and the averaged factors of `ffa` have four columns."""
+    run, phones = await started(world, name, {}, MIXED)
+    await play(world, run, phones, 1)
+    for rank in (4, 1):
+        folder = tmp_path / f"{rank}"
+        await world.now.commands.export("admin", run.name, rank=rank, version_number=1, flavour=flavour, folder=folder)
+        written = read_tensors(folder / "adapter_model.safetensors")
+        for module in MODULES:
+            u, sigma, vh = torch.linalg.svd(dense(await published(world, run, 1, module)))
+            kept = min(rank, sigma.numel())
+            best = u[:, :kept] @ torch.diag(sigma[:kept]) @ vh[:kept]
+            torch.testing.assert_close(product(written, module) / SCALE, best, rtol=1e-4, atol=1e-5)
+        assert any("classifier" in key for key in written)
 
 
 async def test_what_was_measured_is_stored_for_every_module(world: World) -> None:

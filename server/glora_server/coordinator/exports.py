@@ -58,8 +58,9 @@ class Exporter:
         if flavour == "peft":
             live = await self.store.read(partial(_live_ranks, version, run))
             ranks = {name: max(1, min(rank, own)) for name, own in live.items()}
+        # Not what the strategy hands out: columns of averaged factors are in no order, and the first ones not the best.
         await self.readouts.render(
-            run, version, ranks=ranks, scale=1.0, dtype=TensorDtype.FLOAT32, path=folder / WEIGHTS
+            run, version, ranks=ranks, scale=1.0, dtype=TensorDtype.FLOAT32, path=folder / WEIGHTS, variant="state"
         )
         config = adapter_config_json(
             rank=rank,

@@ -93,7 +93,15 @@ class Readouts:
         try:
             ranks = dict.fromkeys((module.name for module in run.manifest.modules), rank)
             await self.render(
-                run, version, ranks=ranks, scale=spec.lora.scale, dtype=dtype, path=path, variant=variant, first=first
+                run,
+                version,
+                ranks=ranks,
+                scale=spec.lora.scale,
+                dtype=dtype,
+                path=path,
+                variant=variant,
+                first=first,
+                with_dense=variant not in _FROZEN,
             )
             digest = await asyncio.to_thread(_sync_and_digest, path, spec.wire.hash)
             readout = Readout(
@@ -124,6 +132,7 @@ class Readouts:
         path: Path,
         variant: ReadoutVariant = "train",
         first: int = 0,
+        with_dense: bool = True,
     ) -> None:
         """Write the adapter file of `version` at `path`, each module at its rank of `ranks`.
 
@@ -138,7 +147,7 @@ class Readouts:
             )
         spec = RunSpec.from_json(run.spec_json)
         stored = set(await self._store.read(lambda uow: uow.versions.part_names(version.id)))
-        if variant in _FROZEN:
+        if not with_dense:
             stored &= {module.name for module in run.manifest.modules}
         await asyncio.to_thread(_lay_out, path, present_specs(run.manifest, stored, ranks, dtype))
         for rank, names in _by_rank(run.manifest, stored, ranks):
