@@ -152,7 +152,7 @@ def cells(found: Sequence[Summary]) -> list[list[str]]:
 
 def final_table(spec: SimSpec, found: Sequence[Summary]) -> Table:
     """The last round for the terminal."""
-    title = f"{spec.name}: after {spec.rounds} rounds, accuracy in % as mean ± sd over {len(spec.seeds)} seeds"
+    title = f"{spec.name}: after {spec.rounds} rounds, accuracy in % as mean ± sd over {_seeds(spec)}"
     table = Table(*columns(found), title=title, box=None, header_style="bold", pad_edge=False)
     for row in cells(found):
         table.add_row(*(cell.replace("[", r"\[") for cell in row))
@@ -206,13 +206,17 @@ figure {{ margin: 2rem 0 }} img {{ max-width: 100% }} figcaption {{ color: #5a66
 </style>
 <h1>{name}</h1>
 <p>After {spec.rounds} rounds; accuracy in per cent on held-out rows, mean ± standard deviation over
-{len(spec.seeds)} seeds. "At own rank": mean over the devices, each measured at its own rank. "vs first": difference
+{_seeds(spec)}. "At own rank": mean over the devices, each measured at its own rank. "vs first": difference
 to the first strategy, seed by seed.</p>
 <table><thead><tr>{heads}</tr></thead><tbody>
 {body}</tbody></table>
 {images}<details><summary>Settings</summary><pre>{settings}</pre></details>
 </html>
 """
+
+
+def _seeds(spec: SimSpec) -> str:
+    return "1 seed" if len(spec.seeds) == 1 else f"{len(spec.seeds)} seeds"
 
 
 def _ranks(found: Sequence[Summary]) -> list[int]:
