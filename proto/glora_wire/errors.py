@@ -98,6 +98,7 @@ class Reason(StrEnum):
     ROUND_CLOSED = "ROUND_CLOSED"
     RUN_PAUSED = "RUN_PAUSED"
     RUN_COMPLETED = "RUN_COMPLETED"
+    RUN_FAILED = "RUN_FAILED"
     RUN_ABORTED = "RUN_ABORTED"
     QUORUM_MISSED = "QUORUM_MISSED"
     AGGREGATION_FAILED = "AGGREGATION_FAILED"
@@ -164,6 +165,7 @@ _BY_KIND: Final[dict[Kind, frozenset[Reason]]] = {
             Reason.ROUND_CLOSED,
             Reason.RUN_PAUSED,
             Reason.RUN_COMPLETED,
+            Reason.RUN_FAILED,
             Reason.RUN_ABORTED,
             Reason.DEADLINE_PASSED,
             Reason.BASE_MODEL_MISMATCH,

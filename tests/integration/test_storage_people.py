@@ -163,7 +163,7 @@ async def test_runs_are_found_by_name_and_id(store: SqlStore) -> None:
         await store.read(lambda uow: uow.runs.get(RunId("ghost")))
 
 
-async def test_runs_stay_active_for_a_day_after_they_completed(store: SqlStore) -> None:
+async def test_runs_stay_active_for_a_day_after_they_ended(store: SqlStore) -> None:
     runs = [
         run("created", phase=RunPhase.CREATED),
         run("paused", phase=RunPhase.PAUSED, created_at=NOW - 1),
@@ -173,7 +173,8 @@ async def test_runs_stay_active_for_a_day_after_they_completed(store: SqlStore) 
         run("failed", phase=RunPhase.FAILED, ended_at=NOW),
     ]
     await store.write(together(*(bound(lambda uow, item: uow.runs.add(item), item) for item in runs)))
-    assert [item.name for item in await store.read(lambda uow: uow.runs.active())] == ["fresh", "active", "paused"]
+    active = await store.read(lambda uow: uow.runs.active())
+    assert [item.name for item in active] == ["fresh", "active", "paused", "failed"]
 
 
 async def test_what_postgresql_cannot_spell_is_replaced_everywhere(store: SqlStore) -> None:

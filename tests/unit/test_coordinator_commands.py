@@ -104,6 +104,18 @@ async def test_a_higher_rank_lets_a_waiting_round_open(world: World) -> None:
     assert (await asking).assignment.rank == 2
 
 
+async def test_a_device_that_waits_hears_at_once_that_its_run_was_aborted(world: World) -> None:
+    phone = await world.phone("a", rank=1)
+    await world.start_run(min_rank=2)
+    asking = asyncio.create_task(phone.ask(30.0))
+    await eventually(lambda: bool(world.now.hub.signals._waiters))
+    await world.now.commands.abort_run("admin", "first", "wrong data")
+    told = (await asking).notices
+    assert [(notice.reason, notice.message) for notice in told] == [
+        (Reason.RUN_ABORTED, "Run first was aborted. wrong data")
+    ]
+
+
 async def test_a_paused_run_finishes_its_round_and_opens_no_other(world: World) -> None:
     phone = await world.phone("a")
     run = await world.start_run(rounds=2)

@@ -25,12 +25,12 @@ from glora_server.coordinator.messages import (
     WorkOffer,
 )
 from glora_server.coordinator.model import Device, DeviceState, Measurement, Profile, Run, Version
+from glora_server.coordinator.notices import notices_for
 from glora_server.coordinator.offers import offered_adapters
 from glora_server.coordinator.opening import Opener, seed_of
 from glora_server.coordinator.ports import Store, UnitOfWork
 from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.run_spec import RunSpec
-from glora_server.coordinator.staffing import candidate, requirements, standing_refusal
 from glora_server.coordinator.views import LiveProgress
 from glora_server.rounds import assignment as machine
 from glora_server.rounds.assignment import (
@@ -46,9 +46,7 @@ from glora_server.rounds.assignment import (
     Prolong,
 )
 from glora_server.rounds.ids import AssignmentId
-from glora_server.rounds.plan import refusal_for, training_refusal
 from glora_server.rounds.round import Moved
-from glora_server.rounds.run import RunPhase
 from glora_wire.digests import Digest
 from glora_wire.errors import GloraError, Reason, Refusal
 
@@ -90,22 +88,25 @@ class DeviceService:
         return device
 
     async def wait_for_work(self, device: Device, profile: Profile, *, timeout: float) -> WorkAnswer:  # noqa: ASYNC109 - a long poll has one
-        """An offer as soon as there is one, else what speaks against it after `timeout` seconds."""
+        """An offer as soon as there is one; else what speaks against it, once that grows or `timeout` s have passed."""
         key = ("device", device.id)
         until = time.monotonic() + timeout
         answered = False
         self.hub.arrive(device.id, profile, self.engine.clock())
+        told: tuple[NoticeRecord, ...] | None = None
         try:
             await self.opener.device_arrived()
             while True:
                 seen = self.hub.signals.revision(key)
                 offer = await self._offer(device, profile)
+                since = self.hub.since(device.id)
+                notices = () if offer else await self.store.read(partial(notices_for, device, profile, since))
                 left = until - time.monotonic()
-                if offer is not None or left <= 0:
+                news = told is not None and not set(notices) <= set(told)
+                if offer is not None or news or left <= 0:
                     answered = True
-                    since = self.hub.since(device.id)
-                    notices = () if offer else await self.store.read(partial(_notices, device, profile, since))
                     return WorkAnswer(offer=offer, notices=notices)
+                told = notices
                 if await self.hub.signals.wait(key, seen, left) != seen:
                     # What woke it may be that it was revoked, or granted another rank.
                     device = await self.identify(device.key_sha256)
@@ -322,29 +323,6 @@ def _context(assignment: Assignment, uow: UnitOfWork) -> tuple[Run, Version, int
     version = uow.versions.get(assignment.version_id)
     number = version.number if assignment.round_id is None else uow.rounds.get(assignment.round_id).number
     return uow.runs.get(assignment.run_id), version, number
-
-
-def _notices(device: Device, profile: Profile, since: float | None, uow: UnitOfWork) -> tuple[NoticeRecord, ...]:
-    """Why the device gets no work, run by run."""
-    notices = []
-    for run in uow.runs.active():
-        if profile.run_name and profile.run_name not in {run.name, run.id}:
-            continue
-        refusal = _notice(uow, run, device, profile, since)
-        if refusal is not None:
-            notices.append(NoticeRecord(run_name=run.name, reason=refusal.reason, message=refusal.message))
-    return tuple(notices)
-
-
-def _notice(uow: UnitOfWork, run: Run, device: Device, profile: Profile, since: float | None) -> Refusal | None:
-    if run.phase is RunPhase.COMPLETED:
-        return Refusal(reason=Reason.RUN_COMPLETED, message=f"Run {run.name} is complete.")
-    if run.phase is RunPhase.PAUSED:
-        return Refusal(reason=Reason.RUN_PAUSED, message=f"Run {run.name} is paused.")
-    spec = RunSpec.from_json(run.spec_json)
-    there = candidate(device, profile, standing_refusal(uow.rounds.declined_for(run.id), device.id, since))
-    needs = requirements(run, spec)
-    return refusal_for(there, needs) if profile.evaluates and not profile.trains else training_refusal(there, needs)
 
 
 def _check_resume(current: Digest, offset: int, wanted: Digest | None) -> None:

@@ -121,6 +121,7 @@ class Opener:
             log.info(
                 "run_phase", run=run.name, phase=run.phase.value, reason=str(run.reason or ""), message=run.message
             )
+            self._hub.wake_all()
         self._hub.run_changed(run_id)
         return latest if run.phase is RunPhase.ACTIVE else None
 

@@ -113,7 +113,7 @@ class Runs(Protocol):
         ...
 
     def active(self) -> tuple[Run, ...]:
-        """Runs that are active or paused, or completed within the last day, oldest first."""
+        """Runs that are active or paused, or ended within the last day, oldest first."""
         ...
 
 

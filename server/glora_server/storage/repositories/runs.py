@@ -22,6 +22,7 @@ from glora_server.storage.repositories.rows import (
 )
 from glora_wire.errors import GloraError, Reason
 
+_ENDED = (RunPhase.COMPLETED, RunPhase.FAILED, RunPhase.ABORTED)
 _LINGER_SECONDS: Final = 86400.0
 """How long a completed run still counts as active: devices that evaluate report its last version."""
 _NAMES_SHOWN: Final = 5
@@ -67,14 +68,14 @@ class RunRepository:
         return page_of(self._session, columns_of(RunRow), order, page, lambda row: built(Run, row))
 
     def active(self) -> tuple[Run, ...]:
-        """Runs that are active or paused, or completed within the last day, oldest first."""
+        """Runs that are active or paused, or ended within the last day, oldest first."""
         since = self._session.now() - _LINGER_SECONDS
         statement = (
             columns_of(RunRow)
             .where(
                 or_(
                     RunRow.phase.in_([RunPhase.ACTIVE, RunPhase.PAUSED]),
-                    and_(RunRow.phase == RunPhase.COMPLETED, RunRow.ended_at >= since),
+                    and_(RunRow.phase.in_(_ENDED), RunRow.ended_at >= since),
                 )
             )
             .order_by(RunRow.created_at, RunRow.id)
