@@ -100,12 +100,12 @@ def _devices(assignments: list[AssignmentAnswer]) -> Table:
 
 
 def _scores(scores: list[ScoreAnswer]) -> Table:
-    """Accuracy by version (rows) and rank (columns), as evaluators measured it; else what training devices did."""
-    wanted = "version" if any(score.phase == "version" for score in scores) else "after"
-    found = {(s.version_number, s.rank): s for s in scores if s.phase == wanted}
+    """Accuracy by version (rows) and rank (columns): as evaluators measured it, else as devices received it."""
+    found = {(s.version_number, s.rank): s for s in scores if s.phase == "before"}
+    found |= {(s.version_number, s.rank): s for s in scores if s.phase == "version"}
     ranks = sorted({rank for _, rank in found})
     table = Table(box=None, header_style="dim", pad_edge=False)
-    table.add_column("ACCURACY" if wanted == "version" else "ACCURACY AFTER TRAINING")
+    table.add_column("ACCURACY")
     for rank in ranks:
         table.add_column(f"rank {rank}", justify="right")
     for version in sorted({version for version, _ in found}):

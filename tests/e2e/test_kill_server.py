@@ -68,7 +68,8 @@ class World:
 
     def wait_for(self, name: str, device: str, phase: str) -> None:
         def reached(run: RunAnswer) -> bool:
-            return run.round is not None and assignment(run.round, device).phase == phase
+            found = run.round.assignments if run.round is not None else []
+            return any(item.device == device and item.phase == phase for item in found)
 
         self.federation.wait_run(name, reached, f"{device} is {phase}", 600.0)
 

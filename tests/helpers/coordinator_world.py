@@ -322,10 +322,12 @@ class Phone:
         return await self.world.now.devices.wait_for_work(await self.me(), self.profile, timeout=wait)
 
     async def offer(self) -> WorkOffer:
-        """Wait for work."""
-        answer = await self.ask(PATIENCE)
-        assert answer.offer is not None, answer.notices
-        return answer.offer
+        """Wait for work, asking again after every answer that only says why there is none, as devices do."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                answer = await self.ask(PATIENCE)
+                if answer.offer is not None:
+                    return answer.offer
 
     async def pull(self, offer: WorkOffer, key: str | None = None) -> dict[str, Array]:
         """Download an adapter whole (by default the last one) and say so."""

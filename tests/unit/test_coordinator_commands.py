@@ -107,6 +107,7 @@ async def test_a_higher_rank_lets_a_waiting_round_open(world: World) -> None:
 async def test_a_device_that_waits_hears_at_once_that_its_run_was_aborted(world: World) -> None:
     phone = await world.phone("a", rank=1)
     await world.start_run(min_rank=2)
+    assert [notice.reason for notice in (await phone.ask(30.0)).notices] == [Reason.RANK_TOO_SMALL]
     asking = asyncio.create_task(phone.ask(30.0))
     await eventually(lambda: bool(world.now.hub.signals._waiters))
     await world.now.commands.abort_run("admin", "first", "wrong data")

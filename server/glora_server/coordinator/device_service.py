@@ -18,7 +18,6 @@ from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.messages import (
     AdapterOffer,
     EvaluationRecord,
-    NoticeRecord,
     OpenAdapter,
     ProgressAnswer,
     WorkAnswer,
@@ -88,12 +87,11 @@ class DeviceService:
         return device
 
     async def wait_for_work(self, device: Device, profile: Profile, *, timeout: float) -> WorkAnswer:  # noqa: ASYNC109 - a long poll has one
-        """An offer as soon as there is one; else what speaks against it, once that grows or `timeout` s have passed."""
+        """An offer as soon as there is one; else what speaks against it, at once if that is news to the device."""
         key = ("device", device.id)
         until = time.monotonic() + timeout
         answered = False
         self.hub.arrive(device.id, profile, self.engine.clock())
-        told: tuple[NoticeRecord, ...] | None = None
         try:
             await self.opener.device_arrived()
             while True:
@@ -102,11 +100,11 @@ class DeviceService:
                 since = self.hub.since(device.id)
                 notices = () if offer else await self.store.read(partial(notices_for, device, profile, since))
                 left = until - time.monotonic()
-                news = told is not None and not set(notices) <= set(told)
-                if offer is not None or news or left <= 0:
+                against = frozenset((notice.run_name, notice.reason.value) for notice in notices)
+                if offer is not None or left <= 0 or self.hub.is_news(device.id, against):
                     answered = True
+                    self.hub.tell(device.id, against)
                     return WorkAnswer(offer=offer, notices=notices)
-                told = notices
                 if await self.hub.signals.wait(key, seen, left) != seen:
                     # What woke it may be that it was revoked, or granted another rank.
                     device = await self.identify(device.key_sha256)

@@ -1,4 +1,9 @@
-"""Gives devices that evaluate every version, one after the other, the last one included."""
+"""Gives versions to devices that evaluate.
+
+A device that only evaluates gets every version, one after the other, the last one included. A device that also trains
+measures what it receives in each round anyway; it gets the last version once the run is complete, so that nobody waits
+for its measurements in between.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +70,9 @@ def _unseen_version(uow: UnitOfWork, run: Run, device: Device, profile: Profile)
     if refusal_for(candidate(device, profile, None), needs) is not None:
         return None
     seen = uow.rounds.evaluated(run.id)
+    if profile.trains and profile.training_rows > 0:
+        last = uow.versions.get(run.version_id) if run.version_id and run.phase is RunPhase.COMPLETED else None
+        return None if last is None or (device.id, last.id) in seen else last
     unseen = [
         version
         for version in uow.versions.list(run.id, _PAGE).items

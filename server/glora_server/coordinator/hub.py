@@ -76,6 +76,8 @@ class _Presence:
     last_seen_at: float
     polls: int = 0
     saved_at: float = 0.0
+    told: frozenset[tuple[str, str]] = frozenset()
+    """(run, reason) pairs of the notices that it was last answered with."""
 
 
 @dataclass(slots=True)
@@ -104,7 +106,7 @@ class Hub:
         if known is None:
             known = self._present[device_id] = _Presence(profile=profile, since=at, last_seen_at=at)
         elif known.profile != profile or at - known.last_seen_at > _GONE_SECONDS:
-            known.since = at
+            known.since, known.told = at, frozenset()
         known.profile, known.last_seen_at = profile, at
         known.polls += 1
         return news
@@ -115,6 +117,17 @@ class Hub:
         if known is not None:
             known.polls = max(0, known.polls - 1)
             known.last_seen_at = at - _FRESH_SECONDS if lost and known.polls == 0 else at
+
+    def is_news(self, device_id: DeviceId, notices: frozenset[tuple[str, str]]) -> bool:
+        """Whether the device has not been told all of these (run, reason) pairs yet."""
+        known = self._present.get(device_id)
+        return known is not None and not notices <= known.told
+
+    def tell(self, device_id: DeviceId, notices: frozenset[tuple[str, str]]) -> None:
+        """The device is being told these, and nothing else speaks against it any more."""
+        known = self._present.get(device_id)
+        if known is not None:
+            known.told = notices
 
     def seen(self, device_id: DeviceId, at: float) -> None:
         """Any other sign of life."""
