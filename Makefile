@@ -1,11 +1,12 @@
 # make demo    set up .venv and run a whole federation on this machine
-# make test    set up .venv and run the tests (PYTEST_ARGS="-m 'not e2e'" for the quick ones)
+# make test    set up .venv and run the tests (PYTEST_ARGS="-m 'not e2e and not slow'" for the quick ones)
+# make test-slow  the tests that take minutes: a whole demo, kills at random, every strategy with real devices
 # make check   what CI runs besides the tests: format, lint, types, layers, generated stubs
 # make clean   remove what make made
 
 PYTHON ?= python3
 DEMO_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -m "not slow"
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,7 +17,7 @@ SOURCES := server client dashboard proto/glora_wire tests
 INSTALL := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check clean
+.PHONY: help demo test test-slow check clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -26,6 +27,9 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

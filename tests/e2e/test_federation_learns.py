@@ -17,7 +17,7 @@ from federation import Federation, completed
 from glora_dashboard.run_models import RunAnswer
 from glora_wire.digests import Digest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 RANKS = {"device-1": 2, "device-2": 4, "device-3": 8, "device-4": 16}
 ROUNDS, OTHER_ROUNDS = 4, 1

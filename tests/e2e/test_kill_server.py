@@ -23,7 +23,7 @@ from glora_dashboard.models import AssignmentAnswer
 from glora_dashboard.run_models import RoundAnswer, RunAnswer
 from glora_wire.digests import Digest
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+pytestmark = pytest.mark.e2e
 
 QUICK_RANK, SLOW_RANK = 8, 128
 UPLOAD_BYTES = 12 * 768 * 4 * SLOW_RANK

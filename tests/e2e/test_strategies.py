@@ -11,7 +11,7 @@ from e2e_data import manifest_of, run_toml
 from federation import Federation, completed
 from tiny_encoder import WORDS, save_tiny_encoder, write_texts
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
 RANKS = {"small": 2, "large": 4}
 RUNS = {
