@@ -98,6 +98,14 @@ def factors(path: Path, module: str) -> tuple[Tensor, Tensor]:
 def until_gone(pid: int) -> None:
     """Return once the process has ended, five seconds at most."""
     deadline = time.monotonic() + 5
-    while Path(f"/proc/{pid}").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
+    while _lives(Path(f"/proc/{pid}")):
         assert time.monotonic() < deadline, f"process {pid} still runs"
         time.sleep(0.01)
+
+
+def _lives(process: Path) -> bool:
+    """Whether any thread is left: the first one is a zombie already while the others still end."""
+    try:
+        return " Z " not in (process / "stat").read_text() or len(list((process / "task").iterdir())) > 1
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -166,6 +166,7 @@ async def test_killed_worker_costs_the_job_in_flight_and_nothing_else(engine: Lo
     flight = asyncio.create_task(engine.check(long_job(tmp_path)))
     await begun(engine, before.pid)
     waiting = asyncio.create_task(engine.initialise(cases.initial(4)))
+    assert before.pid > 0, "a signal to process 0 would end this process group"
     os.kill(before.pid, signal.SIGKILL)
     with pytest.raises(WorkerLostError, match="SIGKILL"):
         await flight
@@ -177,6 +178,7 @@ async def test_killed_worker_costs_the_job_in_flight_and_nothing_else(engine: Lo
 
 async def test_worker_that_ended_while_idle_is_replaced_without_an_error(engine: LocalEngine) -> None:
     before = engine.stats()
+    assert before.pid > 0, "a signal to process 0 would end this process group"
     os.kill(before.pid, signal.SIGKILL)
     cases.until_gone(before.pid)
     assert len(await engine.initialise(cases.initial(4))) == 3
@@ -185,6 +187,7 @@ async def test_worker_that_ended_while_idle_is_replaced_without_an_error(engine:
 
 async def test_signals_of_a_terminal_or_service_are_left_to_the_parent(engine: LocalEngine) -> None:
     pid = engine.stats().pid
+    assert pid > 0, "a signal to process 0 would end this process group"
     os.kill(pid, signal.SIGINT)
     os.kill(pid, signal.SIGTERM)
     assert len(await engine.initialise(cases.initial(4))) == 3
