@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from typing import Annotated, Final, NamedTuple
 
@@ -75,7 +77,8 @@ def _add(subcommand: Subcommand) -> None:
     """Add a command that hands all its arguments to the real one, which is imported only then."""
 
     def forward(context: typer.Context) -> None:
-        load(subcommand)(args=context.args, prog_name=f"glora {subcommand.name}")
+        with telling_what_to_install(subcommand):
+            load(subcommand)(args=context.args, prog_name=f"glora {subcommand.name}")
 
     app.command(
         subcommand.name,
@@ -85,10 +88,11 @@ def _add(subcommand: Subcommand) -> None:
     )(forward)
 
 
-def load(subcommand: Subcommand) -> typer.Typer:
-    """The subcommand's application; raises SETTINGS_INVALID naming the extra when a package is missing."""
+@contextmanager
+def telling_what_to_install(subcommand: Subcommand) -> Iterator[None]:
+    """Raises SETTINGS_INVALID naming the extra when the body misses a package, as it loads or as it runs."""
     try:
-        loaded = importlib.import_module(subcommand.module).app
+        yield
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in OUR_PACKAGES:
@@ -99,6 +103,12 @@ def load(subcommand: Subcommand) -> typer.Typer:
             f"pip install 'glora[{subcommand.extra}]'.",
             package=missing,
         ) from None
+
+
+def load(subcommand: Subcommand) -> typer.Typer:
+    """The subcommand's application; raises SETTINGS_INVALID naming the extra when a package is missing."""
+    with telling_what_to_install(subcommand):
+        loaded = importlib.import_module(subcommand.module).app
     if not isinstance(loaded, typer.Typer):
         raise TypeError(f"{subcommand.module}.app is not a typer application")
     return loaded

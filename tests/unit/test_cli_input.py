@@ -111,6 +111,20 @@ def test_a_missing_package_is_told_with_the_extra_that_brings_it(
     )
 
 
+def test_a_package_that_is_missed_only_as_a_command_runs_is_told_alike(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing(_: object) -> None:
+        raise ModuleNotFoundError("No module named 'structlog'", name="structlog")
+
+    monkeypatch.setattr("glora_server.main.serve", missing)
+    told = glora(capsys, "server", "--data-dir", str(tmp_path))
+    assert told.code == 2
+    assert told.err == (
+        "`glora server` needs the package structlog, which is not installed here: pip install 'glora[server]'.\n"
+    )
+
+
 USAGE = [
     ("nonsense",),
     ("run", "nonsense"),
