@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,8 +55,8 @@ class Exporter:
         await asyncio.to_thread(partial(folder.mkdir, parents=True, exist_ok=True))
         ranks = dict.fromkeys((module.name for module in run.manifest.modules), rank)
         if flavour == "peft":
-            live = await self.store.read(partial(_live_ranks, version, run))
-            ranks = {name: max(1, min(rank, own)) for name, own in live.items()}
+            live = await self.store.read(lambda uow: uow.versions.module_ranks(version.id))
+            ranks = {name: max(1, min(rank, live.get(name, 0))) for name in ranks}
         # Not what the strategy hands out: columns of averaged factors are in no order, and the first ones not the best.
         await self.readouts.render(
             run, version, ranks=ranks, scale=1.0, dtype=TensorDtype.FLOAT32, path=folder / WEIGHTS, variant="state"
@@ -91,14 +90,6 @@ def _find(run_name: str, number: int | None, uow: UnitOfWork) -> tuple[Run, Vers
             Reason.VERSION_UNKNOWN, f"Run {run.name} has no version yet: start it with `glora run start {run.name}`."
         )
     return run, uow.versions.get(run.version_id)
-
-
-def _live_ranks(version: Version, run: Run, uow: UnitOfWork) -> dict[str, int]:
-    """Numerical rank of every module's state."""
-    return {
-        module.name: math.prod(uow.versions.part(version.id, module.name).tensors["sigma"].shape)
-        for module in run.manifest.modules
-    }
 
 
 def _with_ranks(config: str, ranks: dict[str, int], rank: int) -> str:
