@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI
 from glora_dashboard.device_routes import device_routes, token_routes
 from glora_dashboard.export_routes import export_routes
 from glora_dashboard.guard import MAX_BODY_BYTES, Guard
+from glora_dashboard.permission import RoleApi, route_roles
 from glora_dashboard.ports import Commands, HealthProbe, Queries
 from glora_dashboard.problems import MEDIA_TYPE, Problem, add_problem_handlers
 from glora_dashboard.run_routes import run_routes
@@ -41,7 +42,7 @@ def create_app(
     holds archives of exports while they are being sent.
     """
     version = installed_version("glora")
-    app = FastAPI(
+    app = RoleApi(
         title="glora",
         version=version,
         description="Federated LoRA fine-tuning. Every request under /api needs `Authorization: Bearer TOKEN`.",
@@ -62,4 +63,5 @@ def create_app(
         api.include_router(routes)
     app.include_router(api)
     app.include_router(open_routes(health, metrics_text, admin_token_check, metrics_open=metrics_open, version=version))
+    route_roles(app)
     return app

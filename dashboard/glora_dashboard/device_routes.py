@@ -6,46 +6,45 @@ from fastapi import APIRouter
 
 from glora_dashboard.bodies import GrantedRank, Name, NewToken, PageQuery
 from glora_dashboard.models import DeviceAnswer, DeviceRecordAnswer, NewTokenAnswer, PageAnswer, TokenAnswer
+from glora_dashboard.permission import Operator, least
 from glora_dashboard.ports import Commands, Queries
-
-ACTOR = "admin"
-"""Whoever holds the administration token; users come with the roles."""
+from glora_server.coordinator.people import Role
 
 
 def device_routes(commands: Commands, queries: Queries) -> APIRouter:
     """Routes that list devices and change what they may do."""
     routes = APIRouter(prefix="/devices", tags=["devices"])
 
-    @routes.get("")
+    @routes.get("", dependencies=[least(Role.VIEWER)])
     async def list_devices(page: PageQuery) -> PageAnswer[DeviceAnswer]:
         """Devices in order of enrolment."""
         listing = await queries.devices(page)
         return PageAnswer(items=[DeviceAnswer.of(view) for view in listing.items], next_page_token=listing.next_token)
 
-    @routes.get("/{name}")
+    @routes.get("/{name}", dependencies=[least(Role.VIEWER)])
     async def show_device(name: Name) -> DeviceAnswer:
         """One device and what it is doing."""
         return DeviceAnswer.of(await queries.device(name))
 
     @routes.post("/{name}/approve")
-    async def approve_device(name: Name) -> DeviceRecordAnswer:
+    async def approve_device(actor: Operator, name: Name) -> DeviceRecordAnswer:
         """Let a pending or suspended device work."""
-        return DeviceRecordAnswer.of_device(await commands.approve_device(ACTOR, name))
+        return DeviceRecordAnswer.of_device(await commands.approve_device(actor, name))
 
     @routes.post("/{name}/suspend")
-    async def suspend_device(name: Name) -> DeviceRecordAnswer:
+    async def suspend_device(actor: Operator, name: Name) -> DeviceRecordAnswer:
         """Give a device no work until it is approved again."""
-        return DeviceRecordAnswer.of_device(await commands.suspend_device(ACTOR, name))
+        return DeviceRecordAnswer.of_device(await commands.suspend_device(actor, name))
 
     @routes.post("/{name}/revoke")
-    async def revoke_device(name: Name) -> DeviceRecordAnswer:
+    async def revoke_device(actor: Operator, name: Name) -> DeviceRecordAnswer:
         """Refuse a device for good; it would have to join again with another name."""
-        return DeviceRecordAnswer.of_device(await commands.revoke_device(ACTOR, name))
+        return DeviceRecordAnswer.of_device(await commands.revoke_device(actor, name))
 
     @routes.post("/{name}/rank")
-    async def set_device_rank(name: Name, body: GrantedRank) -> DeviceRecordAnswer:
+    async def set_device_rank(actor: Operator, name: Name, body: GrantedRank) -> DeviceRecordAnswer:
         """Grant another rank, from the device's next assignment on."""
-        return DeviceRecordAnswer.of_device(await commands.set_device_rank(ACTOR, name, body.rank))
+        return DeviceRecordAnswer.of_device(await commands.set_device_rank(actor, name, body.rank))
 
     return routes
 
@@ -54,17 +53,17 @@ def token_routes(commands: Commands, queries: Queries) -> APIRouter:
     """Routes that make, list and revoke join tokens."""
     routes = APIRouter(prefix="/tokens", tags=["tokens"])
 
-    @routes.get("")
+    @routes.get("", dependencies=[least(Role.OPERATOR)])
     async def list_tokens(page: PageQuery) -> PageAnswer[TokenAnswer]:
         """Join tokens, newest first."""
         listing = await queries.tokens(page)
         return PageAnswer(items=[TokenAnswer.of(token) for token in listing.items], next_page_token=listing.next_token)
 
     @routes.post("", status_code=201)
-    async def create_token(body: NewToken) -> NewTokenAnswer:
+    async def create_token(actor: Operator, body: NewToken) -> NewTokenAnswer:
         """Make a join token; the answer is the only place where its text is shown."""
         record, text = await commands.create_token(
-            ACTOR,
+            actor,
             description=body.description,
             uses=body.uses,
             ttl_seconds=body.ttl_seconds,
@@ -75,8 +74,8 @@ def token_routes(commands: Commands, queries: Queries) -> APIRouter:
         return NewTokenAnswer(**TokenAnswer.of(record).model_dump(), join_token=text)
 
     @routes.post("/{token_id}/revoke")
-    async def revoke_token(token_id: Name) -> TokenAnswer:
+    async def revoke_token(actor: Operator, token_id: Name) -> TokenAnswer:
         """Let no further device join with it."""
-        return TokenAnswer.of(await commands.revoke_token(ACTOR, token_id))
+        return TokenAnswer.of(await commands.revoke_token(actor, token_id))
 
     return routes

@@ -13,7 +13,7 @@ from starlette.background import BackgroundTask
 from starlette.responses import FileResponse
 
 from glora_dashboard.bodies import ExportOrder, Name
-from glora_dashboard.device_routes import ACTOR
+from glora_dashboard.permission import Operator
 from glora_dashboard.ports import Commands
 from glora_dashboard.run_models import ExportAnswer
 from glora_server.coordinator.views import ExportRecord
@@ -24,12 +24,12 @@ def export_routes(commands: Commands, work_dir: Path) -> APIRouter:
     routes = APIRouter(prefix="/runs", tags=["exports"])
 
     @routes.post("/{name}/export", response_class=FileResponse, responses={200: {"content": {"application/zip": {}}}})
-    async def export(name: Name, body: ExportOrder) -> FileResponse:
+    async def export(actor: Operator, name: Name, body: ExportOrder) -> FileResponse:
         """A version read out at a rank, as a zip of a PEFT folder; X-Glora-Export says what it is."""
         folder = await asyncio.to_thread(_make_folder, work_dir)
         try:
             record = await commands.export(
-                ACTOR,
+                actor,
                 name,
                 rank=body.rank,
                 version_number=body.version_number,

@@ -9,6 +9,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from glora_dashboard.problems import problem_response
+from glora_server.coordinator.people import Credential, Principal, Role
 from glora_wire.errors import GloraError, Reason
 
 MAX_BODY_BYTES: Final = 20 * 1024 * 1024
@@ -46,6 +47,7 @@ class Guard:
         try:
             if scope["path"].lower().startswith("/api"):
                 require_token(headers, self._check)
+                scope.setdefault("state", {})["principal"] = _admin_token_holder(scope)
             self._check_announced(headers)
             messages = await self._read_body(receive)
         except GloraError as error:
@@ -74,6 +76,11 @@ class Guard:
     def _too_large(self) -> GloraError:
         limit = self._max_body // (1024 * 1024)
         return GloraError(Reason.REQUEST_INVALID, f"The request is too large; at most {limit} MiB are taken.")
+
+
+def _admin_token_holder(scope: Scope) -> Principal:
+    client = scope.get("client") or ("", 0)
+    return Principal(name="admin.token", role=Role.ADMIN, credential=Credential.ADMIN_TOKEN, origin=client[0])
 
 
 def _unstored(send: Send) -> Send:

@@ -18,6 +18,7 @@ from glora_server.coordinator.model import (
     TokenRecord,
     Version,
 )
+from glora_server.coordinator.people import Principal
 from glora_server.coordinator.ports import StrategyInfo
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.views import DeviceView, ExportRecord, RoundView, RunView, SystemView
@@ -28,11 +29,11 @@ Flavour = Literal["peft", "serving"]
 
 
 class Commands(Protocol):
-    """Everything that changes something; each method notes `actor` in the audit and raises GloraError."""
+    """Everything that changes something; each method notes the actor in the audit and raises GloraError."""
 
     async def create_token(
         self,
-        actor: str,
+        actor: Principal,
         *,
         description: str = "",
         uses: int = 1,
@@ -44,56 +45,56 @@ class Commands(Protocol):
         """A new join token: its record, and the text that is shown this once."""
         ...
 
-    async def revoke_token(self, actor: str, token_id: str) -> TokenRecord:
+    async def revoke_token(self, actor: Principal, token_id: str) -> TokenRecord:
         """No device may join with it any more."""
         ...
 
-    async def approve_device(self, actor: str, name: str) -> Device:
+    async def approve_device(self, actor: Principal, name: str) -> Device:
         """It may work."""
         ...
 
-    async def suspend_device(self, actor: str, name: str) -> Device:
+    async def suspend_device(self, actor: Principal, name: str) -> Device:
         """It may not work until it is approved again."""
         ...
 
-    async def revoke_device(self, actor: str, name: str) -> Device:
+    async def revoke_device(self, actor: Principal, name: str) -> Device:
         """It is refused for good."""
         ...
 
-    async def set_device_rank(self, actor: str, name: str, rank: int) -> Device:
+    async def set_device_rank(self, actor: Principal, name: str, rank: int) -> Device:
         """Grant another rank, from the next assignment on."""
         ...
 
-    async def create_run(self, actor: str, spec: RunSpec, manifest: Manifest, *, start: bool) -> Run:
+    async def create_run(self, actor: Principal, spec: RunSpec, manifest: Manifest, *, start: bool) -> Run:
         """A new run."""
         ...
 
-    async def start_run(self, actor: str, name: str) -> Run:
+    async def start_run(self, actor: Principal, name: str) -> Run:
         """Make the first state and open rounds."""
         ...
 
-    async def pause_run(self, actor: str, name: str) -> Run:
+    async def pause_run(self, actor: Principal, name: str) -> Run:
         """Open no further round."""
         ...
 
-    async def resume_run(self, actor: str, name: str) -> Run:
+    async def resume_run(self, actor: Principal, name: str) -> Run:
         """Open rounds again."""
         ...
 
-    async def abort_run(self, actor: str, name: str, reason: str) -> Run:
+    async def abort_run(self, actor: Principal, name: str, reason: str) -> Run:
         """End the run and its round."""
         ...
 
-    async def extend_round(self, actor: str, name: str, seconds: float) -> Round:
+    async def extend_round(self, actor: Principal, name: str, seconds: float) -> Round:
         """Move the deadline of the run's open round."""
         ...
 
-    async def edit_policy(self, actor: str, name: str, changes: Mapping[str, object]) -> Run:
+    async def edit_policy(self, actor: Principal, name: str, changes: Mapping[str, object]) -> Run:
         """Change keys of the run's policy, from the next round on."""
         ...
 
     async def export(
-        self, actor: str, run_name: str, *, rank: int, version_number: int | None, flavour: Flavour, folder: Path
+        self, actor: Principal, run_name: str, *, rank: int, version_number: int | None, flavour: Flavour, folder: Path
     ) -> ExportRecord:
         """Write a PEFT folder."""
         ...

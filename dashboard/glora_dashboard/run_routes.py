@@ -8,10 +8,11 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Path, Query
 
 from glora_dashboard.bodies import Abort, Extension, Name, NewRun, PageQuery, PolicyChanges
-from glora_dashboard.device_routes import ACTOR
 from glora_dashboard.models import DiagnosticsAnswer, MeasurementAnswer, PageAnswer, VersionAnswer
+from glora_dashboard.permission import Operator, least
 from glora_dashboard.ports import Commands, Queries
 from glora_dashboard.run_models import RoundAnswer, RoundRecordAnswer, RunAnswer
+from glora_server.coordinator.people import Role
 from glora_server.coordinator.run_spec import RunSpec, parse_run_toml
 from glora_wire.errors import GloraError, Reason
 from glora_wire.manifest import Manifest
@@ -28,13 +29,13 @@ def run_routes(commands: Commands, queries: Queries) -> APIRouter:
 
 
 def _add_questions(routes: APIRouter, queries: Queries) -> None:
-    @routes.get("")
+    @routes.get("", dependencies=[least(Role.VIEWER)])
     async def list_runs(page: PageQuery) -> PageAnswer[RunAnswer]:
         """Runs, newest first."""
         listing = await queries.runs(page)
         return PageAnswer(items=[RunAnswer.of(view) for view in listing.items], next_page_token=listing.next_token)
 
-    @routes.get("/{name}")
+    @routes.get("/{name}", dependencies=[least(Role.VIEWER)])
     async def show_run(
         name: Name,
         wait: Annotated[int | None, Query(ge=0, description="Answer once the revision is another one.")] = None,
@@ -45,25 +46,25 @@ def _add_questions(routes: APIRouter, queries: Queries) -> None:
             await queries.changed(name, wait, timeout)
         return RunAnswer.of(await queries.run(name))
 
-    @routes.get("/{name}/rounds")
+    @routes.get("/{name}/rounds", dependencies=[least(Role.VIEWER)])
     async def list_rounds(name: Name, page: PageQuery) -> PageAnswer[RoundAnswer]:
         """Rounds with their devices, newest first."""
         listing = await queries.rounds(name, page)
         return PageAnswer(items=[RoundAnswer.of(view) for view in listing.items], next_page_token=listing.next_token)
 
-    @routes.get("/{name}/versions")
+    @routes.get("/{name}/versions", dependencies=[least(Role.VIEWER)])
     async def list_versions(name: Name, page: PageQuery) -> PageAnswer[VersionAnswer]:
         """Published versions, newest first."""
         listing = await queries.versions(name, page)
         items = [VersionAnswer.of(version) for version in listing.items]
         return PageAnswer(items=items, next_page_token=listing.next_token)
 
-    @routes.get("/{name}/measurements")
+    @routes.get("/{name}/measurements", dependencies=[least(Role.VIEWER)])
     async def list_measurements(name: Name) -> PageAnswer[MeasurementAnswer]:
         """Every evaluation, by version, rank and device."""
         return PageAnswer(items=[MeasurementAnswer.of(found) for found in await queries.measurements(name)])
 
-    @routes.get("/{name}/versions/{number}/diagnostics")
+    @routes.get("/{name}/versions/{number}/diagnostics", dependencies=[least(Role.VIEWER)])
     async def list_diagnostics(name: Name, number: Annotated[int, Path(ge=0)]) -> PageAnswer[DiagnosticsAnswer]:
         """What aggregation measured for a version, by module."""
         return PageAnswer(items=[DiagnosticsAnswer.of(found) for found in await queries.diagnostics(name, number)])
@@ -71,46 +72,46 @@ def _add_questions(routes: APIRouter, queries: Queries) -> None:
 
 def _add_commands(routes: APIRouter, commands: Commands, queries: Queries) -> None:
     @routes.post("", status_code=201)
-    async def create_run(body: NewRun) -> RunAnswer:
+    async def create_run(actor: Operator, body: NewRun) -> RunAnswer:
         """Create a run, and start it when `start` is true."""
         spec = _spec_of(body)
         manifest = Manifest.from_json(json.dumps(body.manifest))
-        run = await commands.create_run(ACTOR, spec, manifest, start=body.start)
+        run = await commands.create_run(actor, spec, manifest, start=body.start)
         return RunAnswer.of(await queries.run(run.name))
 
     @routes.post("/{name}/start")
-    async def start_run(name: Name) -> RunAnswer:
+    async def start_run(actor: Operator, name: Name) -> RunAnswer:
         """Make the first state and begin with the rounds."""
-        await commands.start_run(ACTOR, name)
+        await commands.start_run(actor, name)
         return RunAnswer.of(await queries.run(name))
 
     @routes.post("/{name}/pause")
-    async def pause_run(name: Name) -> RunAnswer:
+    async def pause_run(actor: Operator, name: Name) -> RunAnswer:
         """Open no further round; an open one goes on."""
-        await commands.pause_run(ACTOR, name)
+        await commands.pause_run(actor, name)
         return RunAnswer.of(await queries.run(name))
 
     @routes.post("/{name}/resume")
-    async def resume_run(name: Name) -> RunAnswer:
+    async def resume_run(actor: Operator, name: Name) -> RunAnswer:
         """Open rounds again."""
-        await commands.resume_run(ACTOR, name)
+        await commands.resume_run(actor, name)
         return RunAnswer.of(await queries.run(name))
 
     @routes.post("/{name}/abort")
-    async def abort_run(name: Name, body: Abort) -> RunAnswer:
+    async def abort_run(actor: Operator, name: Name, body: Abort) -> RunAnswer:
         """End the run and its open round for good."""
-        await commands.abort_run(ACTOR, name, body.reason)
+        await commands.abort_run(actor, name, body.reason)
         return RunAnswer.of(await queries.run(name))
 
     @routes.post("/{name}/extend")
-    async def extend_round(name: Name, body: Extension) -> RoundRecordAnswer:
+    async def extend_round(actor: Operator, name: Name, body: Extension) -> RoundRecordAnswer:
         """Move the deadline of the open round."""
-        return RoundRecordAnswer.of_round(await commands.extend_round(ACTOR, name, body.seconds))
+        return RoundRecordAnswer.of_round(await commands.extend_round(actor, name, body.seconds))
 
     @routes.patch("/{name}/policy")
-    async def edit_policy(name: Name, body: PolicyChanges) -> RunAnswer:
+    async def edit_policy(actor: Operator, name: Name, body: PolicyChanges) -> RunAnswer:
         """Change keys of the policy, from the next round on."""
-        await commands.edit_policy(ACTOR, name, body.changes)
+        await commands.edit_policy(actor, name, body.changes)
         return RunAnswer.of(await queries.run(name))
 
 

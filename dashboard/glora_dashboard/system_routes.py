@@ -11,7 +11,9 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from glora_dashboard.bodies import PageQuery
 from glora_dashboard.guard import require_token
 from glora_dashboard.models import AuditAnswer, HealthAnswer, PageAnswer, StrategyAnswer, SystemAnswer
+from glora_dashboard.permission import ANYBODY, least
 from glora_dashboard.ports import HealthProbe, Queries
+from glora_server.coordinator.people import Role
 
 _FRONT_PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>glora</title>
@@ -27,17 +29,17 @@ def system_routes(queries: Queries) -> APIRouter:
     """Routes about the server itself."""
     routes = APIRouter(tags=["system"])
 
-    @routes.get("/system")
+    @routes.get("/system", dependencies=[least(Role.VIEWER)])
     async def show_system() -> SystemAnswer:
         """Version, ports, database, worker, certificate authority."""
         return SystemAnswer.of(await queries.system())
 
-    @routes.get("/strategies")
+    @routes.get("/strategies", dependencies=[least(Role.VIEWER)])
     async def list_strategies() -> PageAnswer[StrategyAnswer]:
         """Strategies that a run can choose."""
         return PageAnswer(items=[StrategyAnswer.of(info) for info in await queries.strategies()])
 
-    @routes.get("/audit")
+    @routes.get("/audit", dependencies=[least(Role.OPERATOR)])
     async def list_audit(page: PageQuery) -> PageAnswer[AuditAnswer]:
         """Who did what, newest first."""
         listing = await queries.audit(page)
@@ -55,7 +57,7 @@ def open_routes(
     version: str,
 ) -> APIRouter:
     """Routes that need no token (but /metrics does, unless `metrics_open`)."""
-    routes = APIRouter(include_in_schema=False)
+    routes = APIRouter(include_in_schema=False, dependencies=[ANYBODY])
 
     @routes.get("/")
     async def front_page() -> HTMLResponse:

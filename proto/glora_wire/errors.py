@@ -50,6 +50,16 @@ class Reason(StrEnum):
     DEVICE_REVOKED = "DEVICE_REVOKED"
     DEVICE_UNKNOWN = "DEVICE_UNKNOWN"
     ADMIN_TOKEN_INVALID = "ADMIN_TOKEN_INVALID"
+    # people
+    SIGN_IN_NEEDED = "SIGN_IN_NEEDED"
+    SIGN_IN_REFUSED = "SIGN_IN_REFUSED"
+    ROLE_TOO_LOW = "ROLE_TOO_LOW"
+    ORIGIN_REFUSED = "ORIGIN_REFUSED"
+    HOST_REFUSED = "HOST_REFUSED"
+    USER_UNKNOWN = "USER_UNKNOWN"
+    API_TOKEN_UNKNOWN = "API_TOKEN_UNKNOWN"
+    PASSWORD_REFUSED = "PASSWORD_REFUSED"
+    LAST_ADMIN = "LAST_ADMIN"
     # planning: why a device gets no work
     BASE_MODEL_MISMATCH = "BASE_MODEL_MISMATCH"
     BASE_MODEL_MISSING = "BASE_MODEL_MISSING"
@@ -136,6 +146,8 @@ _BY_KIND: Final[dict[Kind, frozenset[Reason]]] = {
             Reason.CERTIFICATE_UNKNOWN,
             Reason.CERTIFICATE_EXPIRED,
             Reason.ADMIN_TOKEN_INVALID,
+            Reason.SIGN_IN_NEEDED,
+            Reason.SIGN_IN_REFUSED,
         }
     ),
     Kind.FORBIDDEN: frozenset(
@@ -144,6 +156,9 @@ _BY_KIND: Final[dict[Kind, frozenset[Reason]]] = {
             Reason.DEVICE_PENDING,
             Reason.DEVICE_SUSPENDED,
             Reason.DEVICE_REVOKED,
+            Reason.ROLE_TOO_LOW,
+            Reason.ORIGIN_REFUSED,
+            Reason.HOST_REFUSED,
         }
     ),
     Kind.NOT_FOUND: frozenset(
@@ -154,11 +169,14 @@ _BY_KIND: Final[dict[Kind, frozenset[Reason]]] = {
             Reason.RUN_UNKNOWN,
             Reason.ROUND_UNKNOWN,
             Reason.VERSION_UNKNOWN,
+            Reason.USER_UNKNOWN,
+            Reason.API_TOKEN_UNKNOWN,
         }
     ),
     Kind.CONFLICT: frozenset({Reason.NAME_TAKEN, Reason.UPLOAD_CONFLICT, Reason.PORT_IN_USE}),
     Kind.PRECONDITION: frozenset(
         {
+            Reason.LAST_ADMIN,
             Reason.ASSIGNMENT_CLOSED,
             Reason.DIGEST_CHANGED,
             Reason.ILLEGAL_TRANSITION,

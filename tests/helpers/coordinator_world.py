@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from coordinator_fakes import BreakableStore, Clock, FakeAuthority, FolderBlobs
+from people_cases import ADMIN
 from tiny_numerics import Array, TinyNumerics, read_tensors
 
 from glora_server.coordinator.catalogue import Catalogue
@@ -237,7 +238,7 @@ class World:
 
     async def start_run(self, name: str = "first", **changes: Any) -> Run:
         """Create and start a run."""
-        return await self.now.commands.create_run("admin", spec(name, **changes), MANIFEST, start=True)
+        return await self.now.commands.create_run(ADMIN, spec(name, **changes), MANIFEST, start=True)
 
     async def run(self, name: str = "first") -> RunView:
         """The run as operators see it."""
@@ -267,7 +268,7 @@ class World:
     async def token(self, **changes: Any) -> JoinToken:
         """A fresh join token of rank 8 that can be used many times."""
         plain: dict[str, Any] = {"uses": 100, "ttl_seconds": 500.0, "max_rank": 8}
-        _, text = await self.now.commands.create_token("admin", **(plain | changes))
+        _, text = await self.now.commands.create_token(ADMIN, **(plain | changes))
         return JoinToken.parse(text)
 
     async def phone(self, name: str, *, rank: int = 4, profile: Profile = PROFILE, **token: Any) -> Phone:

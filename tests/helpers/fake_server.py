@@ -25,6 +25,7 @@ from glora_server.coordinator.model import (
     Version,
     new_id,
 )
+from glora_server.coordinator.people import Credential, Principal, Role
 from glora_server.coordinator.ports import StrategyInfo
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.views import (
@@ -46,6 +47,7 @@ from glora_wire.manifest import Manifest, ModuleShape
 
 ADMIN_TOKEN = "correct-horse-battery-staple-0123456789"
 NOW = 1_800_000_000.0
+ENGINE = Principal(name="engine", role=Role.ADMIN, credential=Credential.ADMIN_TOKEN)
 T = TypeVar("T")
 
 
@@ -125,7 +127,7 @@ class FakeServer:
 
     async def create_token(
         self,
-        actor: str,
+        actor: Principal,
         *,
         description: str = "",
         uses: int = 1,
@@ -149,28 +151,28 @@ class FakeServer:
         self._note(actor, "token.create", token.id)
         return token, f"glora-join-{token.id}"
 
-    async def revoke_token(self, actor: str, token_id: str) -> TokenRecord:
+    async def revoke_token(self, actor: Principal, token_id: str) -> TokenRecord:
         if token_id not in self.token_records:
             raise GloraError(Reason.TOKEN_UNKNOWN, f"There is no token {token_id}.", token=token_id)
         token = self.token_records[token_id] = replace(self.token_records[token_id], revoked=True)
         self._note(actor, "token.revoke", token_id)
         return token
 
-    async def approve_device(self, actor: str, name: str) -> Device:
+    async def approve_device(self, actor: Principal, name: str) -> Device:
         return self._change(actor, "device.approve", name, state=DeviceState.APPROVED)
 
-    async def suspend_device(self, actor: str, name: str) -> Device:
+    async def suspend_device(self, actor: Principal, name: str) -> Device:
         return self._change(actor, "device.suspend", name, state=DeviceState.SUSPENDED)
 
-    async def revoke_device(self, actor: str, name: str) -> Device:
+    async def revoke_device(self, actor: Principal, name: str) -> Device:
         return self._change(actor, "device.revoke", name, state=DeviceState.REVOKED)
 
-    async def set_device_rank(self, actor: str, name: str, rank: int) -> Device:
+    async def set_device_rank(self, actor: Principal, name: str, rank: int) -> Device:
         if rank > 16:
             raise GloraError(Reason.RANK_NOT_ALLOWED, f"{name} said that it can train ranks up to 16, not {rank}.")
         return self._change(actor, "device.rank", name, rank=rank)
 
-    async def create_run(self, actor: str, spec: RunSpec, manifest: Manifest, *, start: bool) -> Run:  # noqa: ARG002
+    async def create_run(self, actor: Principal, spec: RunSpec, manifest: Manifest, *, start: bool) -> Run:  # noqa: ARG002
         if spec.name in self.run_records:
             raise GloraError(Reason.NAME_TAKEN, f"There is a run {spec.name} already; choose another name.")
         run = self._run(spec, RunPhase.ACTIVE if start else RunPhase.CREATED)
@@ -178,36 +180,36 @@ class FakeServer:
         self._note(actor, "run.create", spec.name)
         return run
 
-    async def start_run(self, actor: str, name: str) -> Run:
+    async def start_run(self, actor: Principal, name: str) -> Run:
         return self._advance(actor, name, RunEvent.START)
 
-    async def pause_run(self, actor: str, name: str) -> Run:
+    async def pause_run(self, actor: Principal, name: str) -> Run:
         return self._advance(actor, name, RunEvent.PAUSE)
 
-    async def resume_run(self, actor: str, name: str) -> Run:
+    async def resume_run(self, actor: Principal, name: str) -> Run:
         return self._advance(actor, name, RunEvent.RESUME)
 
-    async def abort_run(self, actor: str, name: str, reason: str) -> Run:
+    async def abort_run(self, actor: Principal, name: str, reason: str) -> Run:
         return self._advance(actor, name, RunEvent.ABORT, reason)
 
     async def complete_run(self, name: str) -> Run:
         """What the engine does after the last round."""
-        return self._advance("engine", name, RunEvent.COMPLETE)
+        return self._advance(ENGINE, name, RunEvent.COMPLETE)
 
-    async def extend_round(self, actor: str, name: str, seconds: float) -> Round:
+    async def extend_round(self, actor: Principal, name: str, seconds: float) -> Round:
         run, _ = self._find(name)
         self.round_deadline += seconds
         self._note(actor, "round.extend", name)
         return self._round(run).round
 
-    async def edit_policy(self, actor: str, name: str, changes: Mapping[str, object]) -> Run:
+    async def edit_policy(self, actor: Principal, name: str, changes: Mapping[str, object]) -> Run:
         run, spec = self._find(name)
         self.run_records[name] = (run, spec.with_policy(changes))
         self._note(actor, "run.edit", name)
         return run
 
     async def export(
-        self, actor: str, run_name: str, *, rank: int, version_number: int | None, flavour: Flavour, folder: Path
+        self, actor: Principal, run_name: str, *, rank: int, version_number: int | None, flavour: Flavour, folder: Path
     ) -> ExportRecord:
         self._find(run_name)
         if version_number is not None and version_number > 1:
@@ -325,15 +327,15 @@ class FakeServer:
     async def check(self) -> tuple[HealthCheck, ...]:
         return self.checks
 
-    def _note(self, actor: str, action: str, target: str) -> None:
-        entry = AuditEntry(id=len(self.audit_log) + 1, at=NOW, actor=actor, action=action, target=target)
+    def _note(self, actor: Principal, action: str, target: str) -> None:
+        entry = AuditEntry(id=len(self.audit_log) + 1, at=NOW, actor=actor.name, action=action, target=target)
         self.audit_log.append(entry)
         self.revisions[target] = self.revisions.get(target, 0) + 1
         self.news.set()
         self.news = asyncio.Event()
 
     def _change(
-        self, actor: str, action: str, name: str, *, state: DeviceState | None = None, rank: int | None = None
+        self, actor: Principal, action: str, name: str, *, state: DeviceState | None = None, rank: int | None = None
     ) -> Device:
         found = self._device(name)
         changed = replace(found, state=state or found.state, granted_rank=rank or found.granted_rank)
@@ -351,7 +353,7 @@ class FakeServer:
             raise GloraError(Reason.RUN_UNKNOWN, f"There is no run {name}; there is demo.", run=name)
         return self.run_records[name]
 
-    def _advance(self, actor: str, name: str, event: RunEvent, message: str = "") -> Run:
+    def _advance(self, actor: Principal, name: str, event: RunEvent, message: str = "") -> Run:
         run, spec = self._find(name)
         run = replace(run, phase=advance(run.phase, event), message=message or run.message)
         self.run_records[name] = (run, spec)

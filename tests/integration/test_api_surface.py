@@ -157,7 +157,7 @@ def test_devices_are_approved_suspended_revoked_and_ranked(client: TestClient, s
     assert client.post("/api/v1/devices/pi-3/rank", json={"rank": 4}).json()["granted_rank"] == 4
     assert client.post("/api/v1/devices/pi-3/revoke").json()["state"] == "revoked"
     assert server.device_records["pi-3"].state is DeviceState.REVOKED
-    assert [entry.actor for entry in server.audit_log] == ["admin"] * 4
+    assert [entry.actor for entry in server.audit_log] == ["admin.token"] * 4
 
 
 def test_a_token_is_shown_once_and_its_secret_never_again(client: TestClient) -> None:

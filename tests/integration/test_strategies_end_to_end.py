@@ -18,6 +18,7 @@ import pytest
 import pytest_asyncio
 import torch
 from coordinator_world import MANIFEST, Phone, Trained, World, a_world, config, payload
+from people_cases import ADMIN
 from tiny_numerics import Array, read_tensors
 from torch import Tensor
 
@@ -310,8 +311,8 @@ async def test_strategies_that_devices_cannot_follow_are_refused_at_creation(wor
 async def test_other_ranks_cannot_be_let_in_later_where_the_method_has_one(world: World) -> None:
     run, _ = await started(world, "rolora", {}, EQUAL)
     with pytest.raises(GloraError, match="one rank"):
-        await world.now.commands.edit_policy("admin", run.name, {"min_rank": 2})
-    kept = await world.now.commands.edit_policy("admin", run.name, {"quorum": 1})
+        await world.now.commands.edit_policy(ADMIN, run.name, {"min_rank": 2})
+    kept = await world.now.commands.edit_policy(ADMIN, run.name, {"quorum": 1})
     assert json.loads(kept.spec_json)["policy"]["min_rank"] == 4
 
 
@@ -369,7 +370,7 @@ async def test_an_export_is_the_best_part_of_the_model_whatever_the_strategy_kee
     await play(world, run, phones, 1)
     for rank in (4, 1):
         folder = tmp_path / f"{rank}"
-        await world.now.commands.export("admin", run.name, rank=rank, version_number=1, flavour=flavour, folder=folder)
+        await world.now.commands.export(ADMIN, run.name, rank=rank, version_number=1, flavour=flavour, folder=folder)
         written = read_tensors(folder / "adapter_model.safetensors")
         for module in MODULES:
             u, sigma, vh = torch.linalg.svd(dense(await published(world, run, 1, module)))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from coordinator_world import EVALUATOR, MANIFEST, PATIENCE, PROFILE, World, a_world, eventually, spec
+from people_cases import ADMIN, EVE
 from tiny_numerics import read_tensors
 
 from glora_server.coordinator.exports import Flavour
@@ -32,7 +33,7 @@ async def test_a_revoked_device_is_out_at_once(world: World) -> None:
     phone, other = await world.phone("a"), await world.phone("b")
     run = await world.start_run(quorum=1, target_devices=2, rounds=1)
     offer, elsewhere = await asyncio.gather(phone.offer(), other.offer())
-    await world.now.commands.revoke_device("admin", "a")
+    await world.now.commands.revoke_device(ADMIN, "a")
     with pytest.raises(GloraError) as caught:
         await phone.me()
     assert caught.value.reason is Reason.DEVICE_REVOKED
@@ -41,14 +42,14 @@ async def test_a_revoked_device_is_out_at_once(world: World) -> None:
     assert (await other.push(elsewhere, other.train(elsewhere))).state == "accepted"
     await world.until(run.id, lambda uow: uow.runs.get(run.id).phase is RunPhase.COMPLETED)
     with pytest.raises(GloraError, match="revoked for good"):
-        await world.now.commands.approve_device("admin", "a")
+        await world.now.commands.approve_device(ADMIN, "a")
 
 
 async def test_an_open_question_of_a_revoked_device_ends_with_the_reason(world: World) -> None:
     phone = await world.phone("a", profile=replace(PROFILE, run_name="none"))
     asking = asyncio.create_task(phone.ask(60.0))
     await eventually(lambda: bool(world.now.hub.signals._waiters))
-    await world.now.commands.revoke_device("admin", "a")
+    await world.now.commands.revoke_device(ADMIN, "a")
     with pytest.raises(GloraError) as caught:
         await asyncio.wait_for(asking, PATIENCE)
     assert caught.value.reason is Reason.DEVICE_REVOKED
@@ -58,7 +59,7 @@ async def test_revoking_ends_an_evaluation_too(world: World) -> None:
     judge = await world.phone("judge", profile=EVALUATOR)
     await world.start_run()
     offer = await judge.offer()
-    await world.now.commands.revoke_device("admin", "judge")
+    await world.now.commands.revoke_device(ADMIN, "judge")
     ended = await world.read(lambda uow: uow.rounds.assignment(offer.assignment.id))
     assert (ended.phase, ended.reason) == (AssignmentPhase.FAILED, Reason.DEVICE_REVOKED)
 
@@ -68,19 +69,19 @@ async def test_a_received_update_of_a_revoked_device_stays(world: World) -> None
     run = await world.start_run(quorum=2, rounds=1)
     offer, elsewhere = await asyncio.gather(phone.offer(), other.offer())
     assert (await phone.push(offer, phone.train(offer))).state == "accepted"
-    await world.now.commands.revoke_device("admin", "a")
+    await world.now.commands.revoke_device(ADMIN, "a")
     assert (await other.push(elsewhere, other.train(elsewhere))).state == "accepted"
     await world.until(run.id, lambda uow: uow.runs.get(run.id).phase is RunPhase.COMPLETED)
 
 
 async def test_a_suspended_device_comes_back_when_it_is_approved(world: World) -> None:
     phone = await world.phone("a")
-    await world.now.commands.suspend_device("admin", "a")
+    await world.now.commands.suspend_device(ADMIN, "a")
     with pytest.raises(GloraError) as caught:
         await phone.ask()
     assert caught.value.reason is Reason.DEVICE_SUSPENDED
     await world.start_run()
-    await world.now.commands.approve_device("admin", "a")
+    await world.now.commands.approve_device(ADMIN, "a")
     assert (await phone.offer()).round_number == 1
 
 
@@ -88,11 +89,11 @@ async def test_another_rank_counts_from_the_next_assignment_on(world: World) -> 
     phone = await world.phone("a", rank=2)
     await world.start_run()
     offer = await phone.offer()
-    await world.now.commands.set_device_rank("admin", "a", 3)
+    await world.now.commands.set_device_rank(ADMIN, "a", 3)
     assert (await phone.push(offer, phone.train(offer))).state == "accepted"
     assert (await phone.offer()).assignment.rank == 3
     with pytest.raises(GloraError, match="between 1 and 4096"):
-        await world.now.commands.set_device_rank("admin", "a", 0)
+        await world.now.commands.set_device_rank(ADMIN, "a", 0)
 
 
 async def test_a_higher_rank_lets_a_waiting_round_open(world: World) -> None:
@@ -100,7 +101,7 @@ async def test_a_higher_rank_lets_a_waiting_round_open(world: World) -> None:
     await world.start_run(min_rank=2)
     asking = asyncio.create_task(phone.offer())
     await eventually(lambda: bool(world.now.hub.signals._waiters))
-    await world.now.commands.set_device_rank("admin", "a", 2)
+    await world.now.commands.set_device_rank(ADMIN, "a", 2)
     assert (await asking).assignment.rank == 2
 
 
@@ -110,7 +111,7 @@ async def test_a_device_that_waits_hears_at_once_that_its_run_was_aborted(world:
     assert [notice.reason for notice in (await phone.ask(30.0)).notices] == [Reason.RANK_TOO_SMALL]
     asking = asyncio.create_task(phone.ask(30.0))
     await eventually(lambda: bool(world.now.hub.signals._waiters))
-    await world.now.commands.abort_run("admin", "first", "wrong data")
+    await world.now.commands.abort_run(ADMIN, "first", "wrong data")
     told = (await asking).notices
     assert [(notice.reason, notice.message) for notice in told] == [
         (Reason.RUN_ABORTED, "Run first was aborted. wrong data")
@@ -121,23 +122,23 @@ async def test_a_paused_run_finishes_its_round_and_opens_no_other(world: World) 
     phone = await world.phone("a")
     run = await world.start_run(rounds=2)
     offer = await phone.offer()
-    await world.now.commands.pause_run("admin", "first")
+    await world.now.commands.pause_run(ADMIN, "first")
     assert (await phone.push(offer, phone.train(offer))).state == "accepted"
     await world.until(run.id, lambda uow: uow.runs.get(run.id).rounds_done == 1)
     answer = await phone.ask()
     assert [notice.reason for notice in answer.notices] == [Reason.RUN_PAUSED]
     assert (await world.run()).waiting == "The run is paused after 1 of 2 rounds."
-    await world.now.commands.resume_run("admin", "first")
+    await world.now.commands.resume_run(ADMIN, "first")
     assert (await phone.offer()).round_number == 2
     with pytest.raises(GloraError, match="so it cannot resume"):
-        await world.now.commands.resume_run("admin", "first")
+        await world.now.commands.resume_run(ADMIN, "first")
 
 
 async def test_an_aborted_run_ends_its_round_and_says_why(world: World) -> None:
     phone = await world.phone("a")
     run = await world.start_run()
     offer = await phone.offer()
-    await world.now.commands.abort_run("admin", "first", "The data was wrong.")
+    await world.now.commands.abort_run(ADMIN, "first", "The data was wrong.")
     said = await world.now.devices.progress(
         await phone.me(), offer.assignment.id, phase="training", done=1, total=2, loss=0.5
     )
@@ -157,7 +158,7 @@ async def test_an_abort_during_aggregation_ends_it_quietly(world: World) -> None
     world.numerics.crash_at["aggregate"] = 1
     await phone.work()
     await world.blown()
-    await world.now.commands.abort_run("admin", "first", "")
+    await world.now.commands.abort_run(ADMIN, "first", "")
     await world.crash()
     await world.quiet()
     round_ = await world.round(run)
@@ -170,19 +171,19 @@ async def test_an_extended_round_gives_every_device_more_time(world: World) -> N
     phone = await world.phone("a")
     await world.start_run()
     offer = await phone.offer()
-    await world.now.commands.extend_round("admin", "first", 500.0)
+    await world.now.commands.extend_round(ADMIN, "first", 500.0)
     assert (await phone.offer()).deadline_at == offer.deadline_at + 500.0
     world.clock.now = offer.deadline_at + 1.0
     round_ = await world.now.engine.apply(offer.assignment.round_id, DeadlinePassed())  # type: ignore[arg-type]
     assert round_.phase is RoundPhase.COLLECTING
     with pytest.raises(GloraError, match="seconds must be between"):
-        await world.now.commands.extend_round("admin", "first", 0.0)
+        await world.now.commands.extend_round(ADMIN, "first", 0.0)
 
 
 async def test_there_is_no_round_to_extend_before_the_first(world: World) -> None:
     await world.start_run()
     with pytest.raises(GloraError, match="no round that collects"):
-        await world.now.commands.extend_round("admin", "first", 10.0)
+        await world.now.commands.extend_round(ADMIN, "first", 10.0)
 
 
 async def test_an_edited_policy_counts_for_the_open_round(world: World) -> None:
@@ -190,24 +191,24 @@ async def test_an_edited_policy_counts_for_the_open_round(world: World) -> None:
     run = await world.start_run(quorum=2, rounds=2)
     offer, _ = await asyncio.gather(phone.offer(), other.offer())
     assert (await phone.push(offer, phone.train(offer))).state == "accepted"
-    edited = await world.now.commands.edit_policy("admin", "first", {"quorum": 1, "policy.rounds": 1})
+    edited = await world.now.commands.edit_policy(ADMIN, "first", {"quorum": 1, "policy.rounds": 1})
     assert json.loads(edited.spec_json)["policy"]["quorum"] == 1
     world.clock.now += 101.0
     await world.now.engine.apply((await world.round(run)).id, DeadlinePassed())
     await world.until(run.id, lambda uow: uow.runs.get(run.id).phase is RunPhase.COMPLETED)
     with pytest.raises(GloraError, match="cannot be changed"):
-        await world.now.commands.edit_policy("admin", "first", {"seed": 3})
+        await world.now.commands.edit_policy(ADMIN, "first", {"seed": 3})
 
 
 async def test_fewer_rounds_end_a_run_that_waits_for_the_next_one(world: World) -> None:
     phone = await world.phone("a", rank=2)
     run = await world.start_run(rounds=3)
     offer = await phone.offer()
-    await world.now.commands.edit_policy("admin", "first", {"min_rank": 4})
+    await world.now.commands.edit_policy(ADMIN, "first", {"min_rank": 4})
     await phone.push(offer, phone.train(offer))
     await world.until(run.id, lambda uow: (found := uow.rounds.latest(run.id)) is not None and found.number == 2)
     assert (await world.round(run)).phase is RoundPhase.PLANNED
-    await world.now.commands.edit_policy("admin", "first", {"rounds": 1})
+    await world.now.commands.edit_policy(ADMIN, "first", {"rounds": 1})
     await world.until(run.id, lambda uow: uow.runs.get(run.id).phase is RunPhase.COMPLETED)
     await world.quiet()
     assert (await world.read(lambda uow: uow.rounds.latest(run.id).phase)) is RoundPhase.ABORTED  # type: ignore[union-attr]
@@ -215,14 +216,14 @@ async def test_fewer_rounds_end_a_run_that_waits_for_the_next_one(world: World) 
 
 async def test_every_command_leaves_an_audit_entry(world: World) -> None:
     await world.phone("a")
-    await world.now.commands.create_run("eve", spec(), MANIFEST, start=False)
-    await world.now.commands.start_run("eve", "first")
-    await world.now.commands.pause_run("eve", "first")
-    await world.now.commands.resume_run("eve", "first")
-    await world.now.commands.edit_policy("eve", "first", {"quorum": 2})
-    await world.now.commands.abort_run("eve", "first", "")
-    await world.now.commands.set_device_rank("eve", "a", 2)
-    await world.now.commands.suspend_device("eve", "a")
+    await world.now.commands.create_run(EVE, spec(), MANIFEST, start=False)
+    await world.now.commands.start_run(EVE, "first")
+    await world.now.commands.pause_run(EVE, "first")
+    await world.now.commands.resume_run(EVE, "first")
+    await world.now.commands.edit_policy(EVE, "first", {"quorum": 2})
+    await world.now.commands.abort_run(EVE, "first", "")
+    await world.now.commands.set_device_rank(EVE, "a", 2)
+    await world.now.commands.suspend_device(EVE, "a")
     entries = (await world.now.queries.audit(Page())).items
     assert [entry.action for entry in entries if entry.actor == "eve"][::-1] == [
         "run.create",
@@ -237,10 +238,10 @@ async def test_every_command_leaves_an_audit_entry(world: World) -> None:
 
 
 async def test_a_name_is_taken_once(world: World) -> None:
-    await world.now.commands.create_run("eve", spec(), MANIFEST, start=False)
+    await world.now.commands.create_run(EVE, spec(), MANIFEST, start=False)
     assert (await world.run()).waiting == "The run is not started: glora run start first"
     with pytest.raises(GloraError) as caught:
-        await world.now.commands.create_run("eve", spec(), MANIFEST, start=False)
+        await world.now.commands.create_run(EVE, spec(), MANIFEST, start=False)
     assert caught.value.reason is Reason.NAME_TAKEN
 
 
@@ -256,7 +257,7 @@ async def test_an_export_is_a_peft_folder(
     await phone.work(value=3.0)
     await world.until(run.id, lambda uow: uow.runs.get(run.id).rounds_done == 1)
     record = await world.now.commands.export(
-        "eve",
+        EVE,
         "first",
         rank=rank,
         version_number=None,
@@ -277,7 +278,7 @@ async def test_an_export_is_a_peft_folder(
     assert "| 1 | yes |" in (record.folder / "README.md").read_text()
     with pytest.raises(GloraError, match="holds an adapter already"):
         await world.now.commands.export(
-            "eve", "first", rank=rank, version_number=None, flavour=flavour, folder=tmp_path / "out"
+            EVE, "first", rank=rank, version_number=None, flavour=flavour, folder=tmp_path / "out"
         )
 
 
@@ -290,7 +291,7 @@ async def test_an_impossible_export_is_refused(
     await world.start_run()
     with pytest.raises(GloraError) as caught:
         await world.now.commands.export(
-            "eve", "first", rank=rank, version_number=number, flavour="peft", folder=tmp_path / "out"
+            EVE, "first", rank=rank, version_number=number, flavour="peft", folder=tmp_path / "out"
         )
     assert caught.value.reason == reason
 
@@ -306,7 +307,7 @@ async def test_a_dropped_version_cannot_be_exported_and_leaves_no_blobs(world: W
     for flavour in flavours:
         with pytest.raises(GloraError) as caught:
             await world.now.commands.export(
-                "eve",
+                EVE,
                 "first",
                 rank=4,
                 version_number=0,
@@ -364,7 +365,7 @@ async def test_the_views_say_who_does_what_and_why_it_waits(world: World) -> Non
     view = await world.run()
     assert view.waiting == "1 of 2 needed devices are online and eligible."
     assert (view.eligible_devices, view.online_devices, view.version_number) == (2, 1, 0)
-    await world.now.commands.edit_policy("admin", "first", {"quorum": 1})
+    await world.now.commands.edit_policy(ADMIN, "first", {"quorum": 1})
     offer = await phone.offer()
     me = await phone.me()
     await world.now.devices.accepted(me, offer.assignment.id)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from coordinator_world import EVALUATOR, Phone, Trained, World, a_world
+from people_cases import ADMIN
 from tiny_numerics import tensor
 
 from glora_server.coordinator import readouts
@@ -166,7 +167,7 @@ async def test_while_a_run_is_started(world: World) -> None:
     world.now.store.crash_after = "_store"
     await cut(world, world.start_run())
     await world.crash()
-    run = await world.now.commands.start_run("admin", "first")
+    run = await world.now.commands.start_run(ADMIN, "first")
     phone = await world.phone("a")
     assert (await phone.work()).state == "accepted"
     await world.until(run.id, lambda uow: uow.runs.get(run.id).rounds_done == 1)
@@ -212,7 +213,7 @@ async def test_a_blob_that_no_row_names_is_swept_with_the_partials_of_closed_rou
     session = await phones[0].stream(offers[0], trained[0])
     assert not isinstance(session, UploadStatus)
     await session.chunk(0, trained[0].data[:10])
-    await world.now.commands.abort_run("admin", "first", "enough")
+    await world.now.commands.abort_run(ADMIN, "first", "enough")
     await world.quiet()
     assert list(world.workspace.spool.iterdir()) == []
     assert (await world.round(run)).phase is RoundPhase.ABORTED

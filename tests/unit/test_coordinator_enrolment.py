@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from coordinator_fakes import START
 from coordinator_world import World, a_world
+from people_cases import ADMIN
 
 from glora_server.coordinator.model import DeviceState, Page
 from glora_wire.errors import GloraError, Reason
@@ -107,7 +108,7 @@ async def test_what_a_token_refuses(world: World) -> None:
 async def test_a_revoked_token_lets_nobody_in_but_changes_nothing_for_its_devices(world: World) -> None:
     token = await world.token()
     first = await world.enrol("a", token)
-    await world.now.commands.revoke_token("admin", token.token_id)
+    await world.now.commands.revoke_token(ADMIN, token.token_id)
     await refused(world, Reason.TOKEN_REVOKED, token)
     assert await world.enrol("a", token) == first
     assert (await world.now.devices.identify(first.device.key_sha256)).name == "a"
@@ -118,7 +119,7 @@ async def test_a_name_belongs_to_one_device_until_it_is_revoked(world: World) ->
     await world.enrol("a", token)
     await refused(world, Reason.NAME_TAKEN, token, "a", key="another")
     assert await uses(world, token) == 1, "a join that failed costs no turn"
-    await world.now.commands.revoke_device("admin", "a")
+    await world.now.commands.revoke_device(ADMIN, "a")
     message = await refused(world, Reason.DEVICE_REVOKED, token, "a")
     assert "new state folder" in message
     assert (await world.enrol("a", token, key="another")).device.name == "a"
@@ -130,7 +131,7 @@ async def test_a_device_of_a_cautious_token_waits_for_an_operator(world: World) 
     with pytest.raises(GloraError, match="glora device approve a") as caught:
         await world.now.devices.identify(record.device.key_sha256)
     assert caught.value.reason is Reason.DEVICE_PENDING
-    await world.now.commands.approve_device("admin", "a")
+    await world.now.commands.approve_device(ADMIN, "a")
     assert (await world.now.devices.identify(record.device.key_sha256)).state is DeviceState.APPROVED
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from coordinator_world import EVALUATOR, MANIFEST, PROFILE, World, a_world, spec
+from people_cases import ADMIN
 from tiny_numerics import tensor
 
 from glora_server.coordinator.messages import EvaluationRecord, WorkOffer
@@ -343,8 +344,8 @@ def _is_complete(run_id: RunId, uow: UnitOfWork) -> bool:
 async def test_a_manifest_of_another_task_is_refused(world: World) -> None:
     wrong = spec(model={"task": "causal_lm", "labels": []})
     with pytest.raises(GloraError) as caught:
-        await world.now.commands.create_run("admin", wrong, MANIFEST, start=False)
+        await world.now.commands.create_run(ADMIN, wrong, MANIFEST, start=False)
     assert caught.value.reason is Reason.MANIFEST_INVALID
     with pytest.raises(GloraError) as caught:
-        await world.now.commands.create_run("admin", spec(strategy={"name": "no"}), MANIFEST, start=False)
+        await world.now.commands.create_run(ADMIN, spec(strategy={"name": "no"}), MANIFEST, start=False)
     assert caught.value.reason is Reason.STRATEGY_UNKNOWN

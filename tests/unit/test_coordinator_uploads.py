@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from coordinator_world import EVALUATOR, Phone, Trained, World, a_world, eventually
+from people_cases import ADMIN
 
 from glora_server.coordinator import upload_session
 from glora_server.coordinator.messages import UploadStatus, WorkOffer
@@ -229,7 +230,7 @@ async def test_a_round_that_closes_while_a_stream_begins_says_so(world: World, m
 
     async def slow_begin(session: UploadSession) -> None:
         await begin(session)
-        await world.now.commands.abort_run("admin", "first", "Enough.")
+        await world.now.commands.abort_run(ADMIN, "first", "Enough.")
 
     monkeypatch.setattr(UploadSession, "begin", slow_begin)
     error = await refused(phone.stream(offer, trained), Reason.ASSIGNMENT_CLOSED)

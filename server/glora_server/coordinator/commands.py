@@ -15,6 +15,7 @@ from glora_server.coordinator.exports import Exporter, Flavour
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import AuditEntry, Device, DeviceState, Run, TokenRecord
 from glora_server.coordinator.opening import Opener
+from glora_server.coordinator.people import Principal
 from glora_server.coordinator.ports import Authority, Store, UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.starting import RunStarter
@@ -52,7 +53,7 @@ class Commands:
 
     async def create_token(
         self,
-        actor: str,
+        actor: Principal,
         *,
         description: str = "",
         uses: int = 1,
@@ -85,11 +86,11 @@ class Commands:
         await self.store.write(partial(self._add_token, actor, record))
         return record, token.format()
 
-    def _add_token(self, actor: str, record: TokenRecord, uow: UnitOfWork) -> None:
+    def _add_token(self, actor: Principal, record: TokenRecord, uow: UnitOfWork) -> None:
         uow.tokens.add(record)
         self._note(uow, actor, "token.create", record.id, uses=record.max_uses, max_rank=record.max_rank)
 
-    async def revoke_token(self, actor: str, token_id: str) -> TokenRecord:
+    async def revoke_token(self, actor: Principal, token_id: str) -> TokenRecord:
         """No device may join with it any more."""
 
         def work(uow: UnitOfWork) -> TokenRecord:
@@ -99,19 +100,19 @@ class Commands:
 
         return await self.store.write(work)
 
-    async def approve_device(self, actor: str, name: str) -> Device:
+    async def approve_device(self, actor: Principal, name: str) -> Device:
         """It may work."""
         return await self._set_state(actor, name, DeviceState.APPROVED, "device.approve")
 
-    async def suspend_device(self, actor: str, name: str) -> Device:
+    async def suspend_device(self, actor: Principal, name: str) -> Device:
         """It may not work until it is approved again."""
         return await self._set_state(actor, name, DeviceState.SUSPENDED, "device.suspend")
 
-    async def revoke_device(self, actor: str, name: str) -> Device:
+    async def revoke_device(self, actor: Principal, name: str) -> Device:
         """It is refused for good, at once; its open assignments end."""
         return await self._set_state(actor, name, DeviceState.REVOKED, "device.revoke")
 
-    async def _set_state(self, actor: str, name: str, state: DeviceState, action: str) -> Device:
+    async def _set_state(self, actor: Principal, name: str, state: DeviceState, action: str) -> Device:
         def work(uow: UnitOfWork) -> tuple[Device, list[Transition]]:
             device = uow.devices.by_name(name)
             if device.state is DeviceState.REVOKED and state is not DeviceState.REVOKED:
@@ -128,7 +129,7 @@ class Commands:
             await self.opener.device_arrived()
         else:
             self.hub.forget_device(device.id)
-        log.info("device_state", device=device.id, name=device.name, state=state.value, actor=actor)
+        log.info("device_state", device=device.id, name=device.name, state=state.value, actor=actor.name)
         return device
 
     def _drop_work(self, uow: UnitOfWork, device: Device) -> list[Transition]:
@@ -143,7 +144,7 @@ class Commands:
                 moved.append(step(uow, assignment.round_id, Moved(assignment.id, Fail(refusal)), at=self.clock()))
         return moved
 
-    async def set_device_rank(self, actor: str, name: str, rank: int) -> Device:
+    async def set_device_rank(self, actor: Principal, name: str, rank: int) -> Device:
         """Grant another rank, from the next assignment on."""
         if not 1 <= rank <= 4096:
             raise GloraError(Reason.SPEC_INVALID, f"A rank is between 1 and 4096, not {rank}.")
@@ -161,7 +162,7 @@ class Commands:
 
     # --- runs
 
-    async def create_run(self, actor: str, spec: RunSpec, manifest: Manifest, *, start: bool) -> Run:
+    async def create_run(self, actor: Principal, spec: RunSpec, manifest: Manifest, *, start: bool) -> Run:
         """A new run; raises STRATEGY_UNKNOWN, STRATEGY_OPTIONS or MANIFEST_INVALID when it could not work."""
         run = await self.starter.draft(spec, manifest)
 
@@ -172,7 +173,7 @@ class Commands:
         await self.store.write(work)
         return await self.start_run(actor, run.id) if start else run
 
-    async def start_run(self, actor: str, name: str) -> Run:
+    async def start_run(self, actor: Principal, name: str) -> Run:
         """Make the first state and open rounds."""
         found = await self.store.read(lambda uow: uow.runs.by_name(name))
         run_machine.advance(found.phase, RunEvent.START)
@@ -187,15 +188,15 @@ class Commands:
 
         return await self._changed(await self.store.write(work))
 
-    async def pause_run(self, actor: str, name: str) -> Run:
+    async def pause_run(self, actor: Principal, name: str) -> Run:
         """Open no further round; a round that is open goes on."""
         return await self._advance(actor, name, RunEvent.PAUSE)
 
-    async def resume_run(self, actor: str, name: str) -> Run:
+    async def resume_run(self, actor: Principal, name: str) -> Run:
         """Open rounds again."""
         return await self._advance(actor, name, RunEvent.RESUME)
 
-    async def _advance(self, actor: str, name: str, event: RunEvent) -> Run:
+    async def _advance(self, actor: Principal, name: str, event: RunEvent) -> Run:
         def work(uow: UnitOfWork) -> Run:
             run = uow.runs.by_name(name)
             self._note(uow, actor, f"run.{event}", run.name)
@@ -203,9 +204,9 @@ class Commands:
 
         return await self._changed(await self.store.write(work))
 
-    async def abort_run(self, actor: str, name: str, reason: str) -> Run:
+    async def abort_run(self, actor: Principal, name: str, reason: str) -> Run:
         """End the run and its round; what was aggregated stays and can be exported."""
-        message = reason or f"The run was aborted by {actor}."
+        message = reason or f"The run was aborted by {actor.name}."
 
         def work(uow: UnitOfWork) -> tuple[Run, Transition | None]:
             run = uow.runs.by_name(name)
@@ -224,7 +225,7 @@ class Commands:
         run, _ = await self.engine.commit(work, moved=lambda made: one(made[1]))
         return await self._changed(run)
 
-    async def extend_round(self, actor: str, name: str, seconds: float) -> Round:
+    async def extend_round(self, actor: Principal, name: str, seconds: float) -> Round:
         """Move the deadline of the run's open round by `seconds`."""
         if not 1.0 <= seconds <= 30 * 86400:
             raise GloraError(Reason.SPEC_INVALID, f"seconds must be between 1 and 2592000, not {seconds:g}.")
@@ -241,7 +242,7 @@ class Commands:
         done = await self.engine.commit(work, moved=one)
         return done.after
 
-    async def edit_policy(self, actor: str, name: str, changes: Mapping[str, object]) -> Run:
+    async def edit_policy(self, actor: Principal, name: str, changes: Mapping[str, object]) -> Run:
         """Change keys of the run's policy; they count for the open round too, except what was decided already.
 
         Raises SPEC_INVALID, also when devices of other ranks would come in that the strategy cannot mix.
@@ -274,7 +275,7 @@ class Commands:
     # --- exports
 
     async def export(
-        self, actor: str, run_name: str, *, rank: int, version_number: int | None, flavour: Flavour, folder: Path
+        self, actor: Principal, run_name: str, *, rank: int, version_number: int | None, flavour: Flavour, folder: Path
     ) -> ExportRecord:
         """Write a PEFT folder."""
         record = await self.exporter.export(
@@ -287,7 +288,9 @@ class Commands:
         await self.store.write(work)
         return record
 
-    def _note(self, uow: UnitOfWork, actor: str, action: str, target: str, **details: object) -> None:
+    def _note(self, uow: UnitOfWork, actor: Principal, action: str, target: str, **details: object) -> None:
         uow.audit.add(
-            AuditEntry(at=self.clock(), actor=actor, action=action, target=target, details_json=json.dumps(details))
+            AuditEntry(
+                at=self.clock(), actor=actor.name, action=action, target=target, details_json=json.dumps(details)
+            )
         )
