@@ -31,6 +31,7 @@ ORDER = (
     "dirichlet_10",
     "participation_30",
     "learning_rate",
+    "lowest_rank",
     "sst2",
     "clinc150",
 )
