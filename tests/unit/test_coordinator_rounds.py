@@ -208,6 +208,21 @@ async def test_a_round_that_fails_too_often_ends_the_run_with_the_last_reason(wo
     assert view.waiting.startswith("Round 1 failed 2 times; the last time: 0 of 1 needed updates")
 
 
+async def test_a_failed_round_rests_before_it_is_tried_again(world: World) -> None:
+    phone = await world.phone("a")
+    run = await world.start_run(retry_seconds=60.0)
+    offer = await phone.offer()
+    refusal = Refusal(reason=Reason.TRAINING_FAILED, message="No.")
+    await world.now.devices.failed(await phone.me(), offer.assignment.id, refusal, permanent=False)
+    await world.until(run.id, lambda uow: (found := uow.rounds.latest(run.id)) is not None and found.attempt == 2)
+    await world.quiet()
+    assert (await world.round(run)).phase is RoundPhase.PLANNED
+    assert "starts after a pause" in (await world.run()).waiting
+    world.clock.now += 61.0
+    world.now.opener.soon(run.id)
+    assert (await phone.offer()).round_number == 1
+
+
 async def test_a_worker_that_dies_three_times_fails_the_round_and_leaves_nothing(world: World) -> None:
     phone = await world.phone("a")
     run = await world.start_run()

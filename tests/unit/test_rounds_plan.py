@@ -162,12 +162,21 @@ def test_weighted_sampling_prefers_rows_without_excluding_anyone() -> None:
         ("max_round_seconds", 10.0),
         ("gather_seconds", float("nan")),
         ("max_attempts", 0),
+        ("retry_seconds", -1.0),
         ("min_rank", 0),
     ],
 )
 def test_every_unusable_value_of_a_policy_is_named(field: str, value: float) -> None:
     found = policy_problems(replace(RoundPolicy(), **{field: value}))  # type: ignore[arg-type]
     assert [name for name, _ in found] == [field]
+
+
+def test_the_pause_before_an_attempt_doubles_up_to_an_hour() -> None:
+    policy = RoundPolicy(retry_seconds=10.0)
+    assert [policy.pause_before(attempt) for attempt in (1, 2, 3, 4)] == [0.0, 10.0, 20.0, 40.0]
+    assert policy.pause_before(1000) == 3600.0
+    assert RoundPolicy(retry_seconds=7200.0).pause_before(3) == 7200.0
+    assert RoundPolicy(retry_seconds=0.0).pause_before(5) == 0.0
 
 
 def test_a_policy_that_is_fine_has_no_problems() -> None:

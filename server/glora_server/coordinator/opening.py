@@ -166,6 +166,10 @@ class Opener:
         return uow.runs.save(replace(run, phase=phase, reason=reason, message=message, ended_at=self._engine.clock()))
 
     async def _try_open(self, run_id: RunId, round_id: RoundId) -> None:
+        if (pause := await self._store.read(lambda uow: self._rest(uow.rounds.get(round_id)))) > 0:
+            self._wait(run_id, "The last attempt at this round failed; the next one starts after a pause.")
+            self._later(run_id, pause)
+            return
         available = self._hub.available(self._engine.clock())
         staffed = await self._store.read(lambda uow: self._staff(uow, run_id, round_id, available))
         if isinstance(staffed, Waiting):
@@ -220,6 +224,10 @@ class Opener:
             complete=0 < wanted <= len(pool),
             gather_seconds=round_.policy.gather_seconds,
         )
+
+    def _rest(self, round_: Round) -> float:
+        """Seconds until a further attempt at a round may open."""
+        return round_.created_at + round_.policy.pause_before(round_.attempt) - self._engine.clock()
 
     def _pause(self, run_id: RunId, staffed: _Staffed) -> float:
         """Seconds to wait for more devices: none once as many are there as are wanted or answered last time."""

@@ -48,6 +48,9 @@ class PolicyTable(BaseModel):
         default=TooFew.FAIL, description='When the quorum was missed after the grace: "wait" or "fail".'
     )
     max_attempts: int = Field(default=3, ge=1, le=1000, description="Attempts of one round before the run fails.")
+    retry_seconds: float = Field(
+        default=10.0, ge=0, le=86400, description="Seconds before a failed round is tried again; doubles each time."
+    )
     sampling: Sampling = Field(
         default=Sampling.UNIFORM,
         description='How devices are drawn: "uniform", "weighted" (by rows), "rank" (largest first).',

@@ -46,6 +46,8 @@ class RoundPolicy:
     too_few: TooFew = TooFew.FAIL
     max_attempts: int = 3
     """Attempts of one round before the run fails."""
+    retry_seconds: float = 10.0
+    """Pause before the second attempt at a round; twice as long before each further one, an hour at most."""
     sampling: Sampling = Sampling.UNIFORM
     tags: tuple[str, ...] = ()
     """Only devices that carry all of these tags."""
@@ -56,6 +58,13 @@ class RoundPolicy:
     def longest_seconds(self) -> float:
         """The latest that a round can be open, from its opening, without a grace period."""
         return self.max_round_seconds or 3.0 * self.deadline_seconds
+
+    def pause_before(self, attempt: int) -> float:
+        """Seconds between the failure of a round and its next attempt, so that devices which fail at once do not use
+        all attempts up."""
+        if attempt <= 1:
+            return 0.0
+        return min(self.retry_seconds * 2.0 ** min(attempt - 2, 32), max(self.retry_seconds, 3600.0))
 
 
 def policy_problems(policy: RoundPolicy) -> list[tuple[str, str]]:
@@ -79,6 +88,7 @@ def policy_problems(policy: RoundPolicy) -> list[tuple[str, str]]:
         ),
         ("gather_seconds", 0.0 <= policy.gather_seconds <= 86400, "must be between 0 and 86400"),
         ("max_attempts", policy.max_attempts >= 1, "must be at least 1"),
+        ("retry_seconds", 0.0 <= policy.retry_seconds <= 86400, "must be between 0 and 86400"),
         ("min_rank", policy.min_rank >= 1, "must be at least 1"),
     ]
     return [(field, text) for field, fine, text in checks if not fine]
