@@ -38,7 +38,6 @@ from glora_server.coordinator.uploads import UploadService
 from glora_server.coordinator.views import SystemView
 from glora_server.coordinator.workspace import Workspace
 from glora_server.engines.local import LocalEngine
-from glora_server.engines.protocol import DeviceChoice
 from glora_server.memory import keep_buffers
 from glora_server.rounds.run import RunPhase
 from glora_server.rpc.server import GrpcServers
@@ -132,8 +131,7 @@ class Server:
         store = SqlStore.open(settings.database_url)
         blobs = FsspecBlobs(settings.blobs.url or data / "blobs", cache=data / "cache")
         worker = settings.worker
-        choice = DeviceChoice.CUDA if worker.device.startswith("cuda") else DeviceChoice(worker.device)
-        numerics = LocalEngine(device=choice, threads=worker.threads)
+        numerics = LocalEngine(device=worker.device, threads=worker.threads)
         hub = Hub()
         self.metrics.hub = hub
         engine = Engine(store=store, hub=hub, observer=self.metrics)

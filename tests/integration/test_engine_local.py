@@ -13,7 +13,6 @@ from glora_server.aggregation import ClientUpdate, aggregate
 from glora_server.coordinator.model import StatePart, TensorKind
 from glora_server.coordinator.ports import AggregateJob, CheckJob, StrategyChoice, WorkerLostError
 from glora_server.engines.local import EngineClosedError, LocalEngine
-from glora_server.engines.protocol import DeviceChoice
 from glora_server.engines.states import module_state
 from glora_wire.errors import GloraError, Reason
 from glora_wire.names import lora_key
@@ -25,7 +24,7 @@ MODULE = "enc.0.query"
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def engine() -> AsyncIterator[LocalEngine]:
     """One worker for the module, since each costs seconds; it is killed now and then."""
-    engine = LocalEngine(device=DeviceChoice.CPU, threads=1)
+    engine = LocalEngine(device="cpu", threads=1)
     await engine.start()
     yield engine
     await engine.close()
@@ -205,7 +204,7 @@ async def test_stats_count_work_and_memory(engine: LocalEngine) -> None:
 
 
 async def test_waiting_places_are_given_back(tmp_path: Path) -> None:
-    engine = LocalEngine(device=DeviceChoice.CPU, threads=1, max_waiting=2)
+    engine = LocalEngine(device="cpu", threads=1, max_waiting=2)
     try:
         results = await asyncio.gather(*(engine.initialise(cases.initial(4)) for _ in range(6)))
         assert [len(parts) for parts in results] == [3] * 6
@@ -224,10 +223,8 @@ async def test_waiting_places_are_given_back(tmp_path: Path) -> None:
 
 
 async def test_device_that_is_not_there_is_a_setting_to_change() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has the device")
-    engine = LocalEngine(device=DeviceChoice.CUDA)
-    with pytest.raises(GloraError, match="auto or cpu") as caught:
+    engine = LocalEngine(device="cuda:63")
+    with pytest.raises(GloraError, match="asks for cuda:63 and torch sees") as caught:
         await engine.start()
     assert caught.value.reason is Reason.SETTINGS_INVALID
     await engine.close()

@@ -11,10 +11,9 @@ PARENT = """
 import asyncio, sys
 from glora_server.coordinator.ports import InitialiseJob, StrategyChoice
 from glora_server.engines.local import LocalEngine
-from glora_server.engines.protocol import DeviceChoice
 
 async def main():
-    engine = LocalEngine(device=DeviceChoice.CPU, threads=1)
+    engine = LocalEngine(device="cpu", threads=1)
     strategy = StrategyChoice(name="glora", options={})
     job = InitialiseJob(strategy=strategy, modules=(("m", 8, 8),), dense=(), rank=2, seed=1)
     parts = await engine.initialise(job)

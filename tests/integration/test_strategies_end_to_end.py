@@ -26,7 +26,6 @@ from glora_server.aggregation import STRATEGIES, ClientUpdate, LayerState, aggre
 from glora_server.coordinator.messages import WorkOffer
 from glora_server.coordinator.model import Run
 from glora_server.engines.local import LocalEngine
-from glora_server.engines.protocol import DeviceChoice
 from glora_server.engines.states import module_state
 from glora_wire.digests import digest_bytes
 from glora_wire.errors import GloraError, Reason
@@ -45,7 +44,7 @@ Options = Mapping[str, str | float | int]
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def engine() -> AsyncIterator[LocalEngine]:
     """One worker for all tests, since starting one costs seconds."""
-    worker = LocalEngine(device=DeviceChoice.CPU, threads=1)
+    worker = LocalEngine(device="cpu", threads=1)
     await worker.start()
     yield worker
     await worker.close()

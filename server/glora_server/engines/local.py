@@ -29,7 +29,6 @@ from glora_server.engines.process import WorkerProcess
 from glora_server.engines.protocol import (
     CheckStrategy,
     DescribeStrategy,
-    DeviceChoice,
     Job,
     ListStrategies,
     Result,
@@ -77,7 +76,7 @@ class LocalEngine(NumericsEngine):
     WorkerLostError and the next one starts another worker.
     """
 
-    def __init__(self, *, device: DeviceChoice = DeviceChoice.AUTO, threads: int = 0, max_waiting: int = 64) -> None:
+    def __init__(self, *, device: str = "auto", threads: int = 0, max_waiting: int = 64) -> None:
         """`threads` of torch in the worker, 0 = as it likes; beyond `max_waiting` jobs callers wait unqueued."""
         self._choice = device
         self._threads = threads

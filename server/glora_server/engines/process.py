@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Final
 
 from glora_server.coordinator.ports import WorkerLostError
-from glora_server.engines.protocol import Answer, DeviceChoice, Hello, Job
+from glora_server.engines.protocol import Answer, Hello, Job
 from glora_wire.errors import GloraError
 
 _CLOSING_SECONDS: Final = 2.0
@@ -20,12 +20,12 @@ _CLOSING_SECONDS: Final = 2.0
 class WorkerProcess:
     """A live worker. The thread that makes it must outlive it: on Linux the worker is killed when that thread ends."""
 
-    def __init__(self, device: DeviceChoice, threads: int) -> None:
+    def __init__(self, device: str, threads: int) -> None:
         """Start it and wait for its greeting, seconds; raises WorkerLostError, and GloraError when it cannot serve."""
         ours, theirs = socket.socketpair()
         # Not multiprocessing's own start methods: they import the parent's __main__ again, whatever that is.
         command = [sys.executable, "-P", "-m", "glora_server.engines.worker"]
-        arguments = [str(theirs.fileno()), str(os.getpid()), device.value, str(threads)]
+        arguments = [str(theirs.fileno()), str(os.getpid()), device, str(threads)]
         with theirs:
             self._pipe = Connection(ours.detach())
             try:

@@ -6,7 +6,6 @@ The worker greets first. Nothing here imports torch, since the server reads thes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from glora_server.coordinator.model import StatePart
 from glora_server.coordinator.ports import (
@@ -20,14 +19,6 @@ from glora_server.coordinator.ports import (
     StrategyInfo,
 )
 from glora_wire.errors import GloraError, Refusal
-
-
-class DeviceChoice(StrEnum):
-    """Where tensors are worked on; AUTO takes the GPU where there is one."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,6 @@ from glora_server.engines.protocol import (
     Answer,
     CheckStrategy,
     DescribeStrategy,
-    DeviceChoice,
     Hello,
     Job,
     ListStrategies,
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> int:
     _end_with(parent)
     with Connection(descriptor) as pipe:
         try:
-            return _serve(pipe, DeviceChoice(device), threads)
+            return _serve(pipe, device, threads)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return 0
 
@@ -58,7 +57,7 @@ def _end_with(parent: int) -> None:
         sys.exit(0)
 
 
-def _serve(pipe: Connection, choice: DeviceChoice, threads: int) -> int:
+def _serve(pipe: Connection, choice: str, threads: int) -> int:
     try:
         device = _start_torch(choice, threads)
     except GloraError as error:
@@ -79,7 +78,7 @@ def _serve_one(pipe: Connection, device: torch.device) -> bool:
     return healthy
 
 
-def _start_torch(choice: DeviceChoice, threads: int) -> torch.device:
+def _start_torch(choice: str, threads: int) -> torch.device:
     try:
         import torch  # noqa: PLC0415 (after the signals are set: it takes seconds)
     except ImportError as error:
@@ -89,13 +88,25 @@ def _start_torch(choice: DeviceChoice, threads: int) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     torch.set_grad_enabled(False)
-    if choice is DeviceChoice.CUDA and not torch.cuda.is_available():
-        raise GloraError(
-            Reason.SETTINGS_INVALID, "The setting asks for a CUDA device and torch sees none; use auto or cpu."
-        )
-    if choice is DeviceChoice.CPU or not torch.cuda.is_available():
+    return _chosen(choice)
+
+
+def _chosen(choice: str) -> torch.device:
+    """The device of "auto" (the first GPU where there is one), "cpu", "cuda" or "cuda:N"."""
+    import torch  # noqa: PLC0415 (see _start_torch)
+
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    wanted = torch.device("cuda" if choice == "auto" else choice)
+    device = torch.device("cuda", wanted.index or 0)
+    if device.index >= torch.cuda.device_count():
+        seen = ", ".join(f"cuda:{number}" for number in range(torch.cuda.device_count())) or "none"
+        raise GloraError(
+            Reason.SETTINGS_INVALID,
+            f"worker.device asks for {device} and torch sees of CUDA devices: {seen}; use auto or cpu, or one of them.",
+        )
+    torch.cuda.set_device(device)
+    return device
 
 
 def _named(device: torch.device) -> str:
