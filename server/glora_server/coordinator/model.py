@@ -231,13 +231,19 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditEntry:
-    """Who did what."""
+    """Who did what, from where, and what it was before and after; holds no secrets."""
 
     id: int = 0
     at: float
     actor: str
+    origin: str = ""
+    """Address that the request came from; empty for what the server or a device did."""
     action: str
     target: str
+    before_json: str = "null"
+    """What the action changed, as it was: a JSON object, or null where there was nothing."""
+    after_json: str = "null"
+    """The same as it is now."""
     details_json: str = "{}"
 
 

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final, NewType
+
+UserId = NewType("UserId", str)
+SessionId = NewType("SessionId", str)
+ApiTokenId = NewType("ApiTokenId", str)
+
+ADMIN_TOKEN_NAME: Final = "admin.token"  # noqa: S105 - a name, not a secret
+"""Whom the audit names when the token of the data folder was used; no user may have this name."""
 
 
 class Role(StrEnum):
@@ -46,3 +54,52 @@ class Principal:
     """Id of the session or API token, so that it can be asked again whether it still holds."""
     origin: str = ""
     """Address that the request came from, for the audit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    """Somebody who can sign in."""
+
+    id: UserId
+    name: str
+    role: Role
+    password_hash: str = field(repr=False)
+    """What the port Passwords made of the password."""
+    disabled: bool = False
+    created_at: float
+    last_sign_in_at: float | None = None
+    row_version: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """A browser that somebody signed in with; its secret is only in the browser's cookie."""
+
+    id: SessionId
+    user_id: UserId
+    secret_sha256: str = field(repr=False)
+    created_at: float
+    expires_at: float
+    """When it ends however much it is used."""
+    seen_at: float
+    """When it was used last, to the minute; a session that is not used ends too."""
+    origin: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiToken:
+    """A bearer token of a user; its text is shown once and then only its hash is known."""
+
+    id: ApiTokenId
+    user_id: UserId
+    name: str
+    """What it is for."""
+    role: Role
+    """What it may do at most; never more than its user may at that moment."""
+    secret_sha256: str = field(repr=False)
+    created_at: float
+    expires_at: float | None
+    used_at: float | None = None
+    """When it was used last, to the minute."""
+    revoked: bool = False
+    row_version: int = 0

@@ -341,8 +341,11 @@ class AuditRow(Base):
     id: Mapped[Counted]
     at: Mapped[float]
     actor: Mapped[str]
+    origin: Mapped[str] = mapped_column(Words, server_default="")
     action: Mapped[str]
     target: Mapped[str]
+    before_json: Mapped[str] = mapped_column(Words, server_default="null")
+    after_json: Mapped[str] = mapped_column(Words, server_default="null")
     details_json: Mapped[str]
 
 

@@ -7,7 +7,10 @@ from collections.abc import Callable
 from sqlalchemy import Connection
 
 from glora_server.storage.repositories.devices import DeviceRepository, TokenRepository
+from glora_server.storage.repositories.history import AnswerRepository, HistoryRepository
 from glora_server.storage.repositories.journal import AuditRepository, OutboxRepository
+from glora_server.storage.repositories.people import ApiTokenRepository, SessionRepository, UserRepository
+from glora_server.storage.repositories.reading import ListsRepository
 from glora_server.storage.repositories.rounds import RoundRepository
 from glora_server.storage.repositories.rows import Session
 from glora_server.storage.repositories.runs import RunRepository
@@ -29,4 +32,10 @@ class SqlUnitOfWork:
         self.versions = VersionRepository(session)
         self.measurements = MeasurementRepository(session)
         self.audit = AuditRepository(session)
+        self.users = UserRepository(session)
+        self.sessions = SessionRepository(session)
+        self.api_tokens = ApiTokenRepository(session)
         self.outbox = OutboxRepository(session)
+        self.lists = ListsRepository(session)
+        self.history = HistoryRepository(session)
+        self.answers = AnswerRepository(session)

@@ -20,6 +20,7 @@ from glora_server.coordinator.ports.database import (
 from glora_server.coordinator.ports.files import (
     Blobs,
 )
+from glora_server.coordinator.ports.history import Answers, History, KeptAnswer, Lists
 from glora_server.coordinator.ports.numerics import (
     AggregatedPart,
     AggregateJob,
@@ -35,10 +36,18 @@ from glora_server.coordinator.ports.numerics import (
     UpdateRef,
     WorkerLostError,
 )
+from glora_server.coordinator.ports.people import (
+    ApiTokens,
+    Passwords,
+    Sessions,
+    Users,
+)
 
 __all__ = [
     "AggregateJob",
     "AggregatedPart",
+    "ApiTokens",
+    "Answers",
     "Audit",
     "Authority",
     "Blobs",
@@ -46,15 +55,20 @@ __all__ = [
     "CheckResult",
     "Devices",
     "Frozen",
+    "History",
     "InitialiseJob",
     "IssuedCertificate",
+    "KeptAnswer",
+    "Lists",
     "Measurements",
     "NumericsEngine",
     "Outbox",
+    "Passwords",
     "ReadoutVariant",
     "RenderJob",
     "Rounds",
     "Runs",
+    "Sessions",
     "Store",
     "StrategyChoice",
     "StrategyInfo",
@@ -62,6 +76,7 @@ __all__ = [
     "UnitOfWork",
     "UpdateRef",
     "Uploads",
+    "Users",
     "Versions",
     "WorkerLostError",
 ]

@@ -25,6 +25,8 @@ from glora_server.coordinator.model import (
     Upload,
     Version,
 )
+from glora_server.coordinator.ports.people import ApiTokens, Sessions, Users
+from glora_server.coordinator.ports.history import Answers, History, Lists
 from glora_server.rounds.assignment import Assignment
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, TokenId, VersionId
 from glora_server.rounds.round import Round
@@ -168,8 +170,8 @@ class Rounds(Protocol):
         """Devices that declined or failed for good in this run, with when and why (the newest word counts)."""
         ...
 
-    def evaluated(self, run_id: RunId) -> frozenset[tuple[DeviceId, VersionId]]:
-        """(device, version) pairs that have an EVALUATE assignment, in whatever phase."""
+    def was_evaluated(self, device_id: DeviceId, version_id: VersionId) -> bool:
+        """The device has an EVALUATE assignment for the version, in whatever phase."""
         ...
 
 
@@ -333,7 +335,19 @@ class UnitOfWork(Protocol):
     @property
     def audit(self) -> Audit: ...  # noqa: D102
     @property
+    def users(self) -> Users: ...  # noqa: D102
+    @property
+    def sessions(self) -> Sessions: ...  # noqa: D102
+    @property
+    def api_tokens(self) -> ApiTokens: ...  # noqa: D102
+    @property
     def outbox(self) -> Outbox: ...  # noqa: D102
+    @property
+    def lists(self) -> Lists: ...  # noqa: D102
+    @property
+    def history(self) -> History: ...  # noqa: D102
+    @property
+    def answers(self) -> Answers: ...  # noqa: D102
 
 
 class Store(Protocol):

@@ -14,12 +14,13 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute
 
 from glora_server.coordinator.model import Device, Listing, Page, Run, TokenRecord
+from glora_server.coordinator.people import ApiToken, User
 from glora_server.rounds.round import Round
 from glora_server.storage.models import Base
 from glora_wire.errors import GloraError, Reason
 
 R = TypeVar("R")
-V = TypeVar("V", Device, TokenRecord, Run, Round)
+V = TypeVar("V", Device, TokenRecord, Run, Round, User, ApiToken)
 
 Query = Select[*tuple[Any, ...]]
 AnyRow = Row[*tuple[Any, ...]]
