@@ -1,0 +1,134 @@
+"""The overview: which runs there are, what they wait for, whether they get better, and what needs a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from markupsafe import Markup
+
+from glora_dashboard.pages import format as fmt
+from glora_dashboard.pages.frame import frame, page
+from glora_dashboard.pages.live import keep_fresh
+from glora_dashboard.pages.parts import Block, anchor, bar, join, pill, sparkline
+from glora_dashboard.pages.site import Site, may
+from glora_server.coordinator.model import Page
+from glora_server.coordinator.people import Role
+from glora_server.coordinator.views import RunView, SystemView
+from glora_server.rounds.run import RunPhase
+
+SHOWN_RUNS: Final = 20
+RUN_TONE: Final = {
+    RunPhase.CREATED: "idle",
+    RunPhase.ACTIVE: "active",
+    RunPhase.PAUSED: "wait",
+    RunPhase.COMPLETED: "good",
+    RunPhase.FAILED: "bad",
+    RunPhase.ABORTED: "bad",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    system: SystemView
+    runs: tuple[RunView, ...]
+    more_runs: bool
+
+
+@page("/", title="Overview", nav="Overview")
+async def overview(site: Site) -> None:
+    """Runs, devices, alerts at one glance."""
+    seen = await _look(site)
+    with frame("Overview"):
+        tiles = Block(_tiles(seen))
+        runs = Block(_runs(seen, operator=may(Role.OPERATOR)))
+
+        async def refresh() -> None:
+            fresh = await _look(site)
+            tiles.show(_tiles(fresh))
+            runs.show(_runs(fresh, operator=may(Role.OPERATOR)))
+
+        keep_fresh(site, refresh)
+
+
+async def _look(site: Site) -> _Seen:
+    listing = await site.queries.runs(Page(size=SHOWN_RUNS))
+    return _Seen(system=await site.queries.system(), runs=listing.items, more_runs=bool(listing.next_token))
+
+
+def _tiles(seen: _Seen) -> Markup:
+    system = seen.system
+    cells = (
+        ("Active runs", Markup("{}").format(system.active_runs)),
+        ("Devices online", Markup("{} <small>of {:,}</small>").format(f"{system.online_devices:,}", system.devices)),
+        ("Aggregation", Markup("{}").format(system.worker_device or "starting")),
+        ("Free disk", Markup("{}").format(fmt.size(system.free_disk_bytes))),
+    )
+    rows = join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in cells)
+    return Markup('<dl class="tiles">{}</dl>').format(rows)
+
+
+def _runs(seen: _Seen, *, operator: bool) -> Markup:
+    if not seen.runs:
+        return _first_steps(seen.system, operator=operator)
+    return Markup('<div class="runs">{}</div>').format(join(run_card(view) for view in seen.runs))
+
+
+def _first_steps(system: SystemView, *, operator: bool) -> Markup:
+    if not operator:
+        return Markup('<div class="empty"><h2>No run yet</h2><p>An operator can create one.</p></div>')
+    if not system.devices:
+        return Markup(
+            '<div class="empty"><h2>Welcome. First, let a device join</h2><p>Make a join token: it comes with the one '
+            "command that you run on the device. When devices are here, create a run.</p>"
+            '<a class="button primary" href="/enrolment">Make a join token</a></div>'
+        )
+    return Markup(
+        '<div class="empty"><h2>No run yet</h2><p>{} enrolled. A run says which base model is fine-tuned, on which '
+        'task, and how its rounds are staffed.</p><a class="button primary" href="/runs/new">Create a run</a></div>'
+    ).format(fmt.count(system.devices, "device is", "devices are"))
+
+
+def run_card(view: RunView) -> Markup:
+    """A run in the list of runs."""
+    run = view.run
+    total = view.spec.policy.rounds
+    return Markup(
+        '<article class="run" data-key="{key}"><div><div class="run-name">{name}{state}</div>'
+        '<p class="why">{why}</p><div class="rounds"><span>{rounds}</span>{bar}<span>{devices}</span></div></div>'
+        "{quality}</article>"
+    ).format(
+        key=run.id,
+        name=anchor(run.name, f"/runs/{run.name}"),
+        state=pill(RUN_TONE[run.phase], run.phase.value),
+        why=view.waiting or "It is going on.",
+        rounds=f"{run.rounds_done} of {fmt.count(total, 'round')}",
+        bar=bar(run.rounds_done / total, label=f"Rounds of {run.name}", tone=_bar_tone(run.phase)),
+        devices=f"{view.online_devices} of {view.eligible_devices} online",
+        quality=_quality(view),
+    )
+
+
+def _bar_tone(phase: RunPhase) -> str:
+    return {RunPhase.COMPLETED: "good", RunPhase.FAILED: "bad", RunPhase.ABORTED: "bad"}.get(phase, "active")
+
+
+def _quality(view: RunView) -> Markup:
+    points = best_by_version(view)
+    if not points:
+        return Markup('<div class="quality muted small">Not measured yet</div>')
+    last = points[-1]
+    label = f"Accuracy from {fmt.percent(points[0])} to {fmt.percent(last)} over {len(points)} versions"
+    return Markup(
+        '<div class="quality">{}<div class="figure"><b>{}</b><span class="muted small">accuracy</span></div></div>'
+    ).format(sparkline(points, label=label), fmt.percent(last))
+
+
+def best_by_version(view: RunView) -> Sequence[float]:
+    """Accuracy at the highest measured rank, version by version."""
+    best: dict[int, tuple[int, float]] = {}
+    for score in view.scores:
+        if score.accuracy == score.accuracy and score.rank >= best.get(score.version_number, (0, 0.0))[0]:
+            best[score.version_number] = (score.rank, score.accuracy)
+    return [accuracy for _, (_, accuracy) in sorted(best.items())]
