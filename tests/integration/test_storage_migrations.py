@@ -58,7 +58,7 @@ def test_the_database_knows_every_value_of_every_enumeration(empty: tuple[str, E
                 listed += 1
                 text = checks[f"ck_{table.name}_{column.name}"]
                 assert set(re.findall(r"'([a-z_]+)'", text)) == set(column.type.enums)
-    assert listed == 10
+    assert listed == 12
 
 
 def test_upgrade_downgrade_upgrade(empty: tuple[str, Engine]) -> None:

@@ -145,7 +145,10 @@ async def test_a_device_finds_its_open_assignments_oldest_first(store: SqlStore)
     done = replace(nano, phase=AssignmentPhase.COMPLETED, closed_at=NOW)
     await store.write(lambda uow: uow.rounds.save_assignment(done))
     assert await store.read(lambda uow: uow.rounds.open_for(DeviceId("id-nano"))) == ()
-    assert await store.read(lambda uow: uow.rounds.evaluated(RunId("id-first"))) == {("id-pi", "v0"), ("id-nano", "v0")}
+    for device_id in ("id-pi", "id-nano"):
+        asked = bound(lambda uow, who: uow.rounds.was_evaluated(who, VersionId("v0")), DeviceId(device_id))
+        assert await store.read(asked)
+    assert not await store.read(lambda uow: uow.rounds.was_evaluated(DeviceId("id-pi"), VersionId("v1")))
 
 
 async def test_the_newest_word_of_a_device_counts(store: SqlStore) -> None:
@@ -261,6 +264,6 @@ async def test_records_of_other_runs_stay_out(store: SqlStore) -> None:
     await store.write(lambda uow: uow.devices.add(device("third")))
     moved = evaluation("x", run_id=other.id, version_id=VersionId("o0"), device_id=DeviceId("id-third"))
     await store.write(lambda uow: uow.rounds.add_assignment(moved))
-    assert await store.read(lambda uow: uow.rounds.evaluated(RunId("id-first"))) == frozenset()
-    assert await store.read(lambda uow: uow.rounds.evaluated(other.id)) == {("id-third", "o0")}
+    assert await store.read(lambda uow: uow.rounds.was_evaluated(DeviceId("id-third"), VersionId("o0")))
+    assert not await store.read(lambda uow: uow.rounds.was_evaluated(DeviceId("id-third"), VersionId("v0")))
     assert await store.read(lambda uow: uow.rounds.latest(other.id)) is None

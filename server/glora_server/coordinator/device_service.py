@@ -227,6 +227,9 @@ class DeviceService:
                 for item in evaluations
             ]
         )
+        if assignment.round_id is None or not assignment.is_open:
+            # What comes in while a round goes on is counted when it ends (coordinator/history.py).
+            uow.history.rescore(assignment.run_id, version.number)
         return assignment
 
     async def open_adapter(

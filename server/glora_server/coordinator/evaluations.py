@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from glora_server.coordinator.model import Device, Page, Profile, Run, Version, new_id
+from glora_server.coordinator.model import Device, Profile, Run, Version, new_id
 from glora_server.coordinator.ports import UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.staffing import candidate, requirements
@@ -19,8 +19,6 @@ from glora_server.rounds.ids import AssignmentId
 from glora_server.rounds.plan import refusal_for
 from glora_server.rounds.run import RunPhase
 from glora_wire.errors import Reason, Refusal
-
-_PAGE = Page(size=1000)
 
 
 def next_evaluation(uow: UnitOfWork, device: Device, profile: Profile, *, at: float) -> Assignment | None:
@@ -69,16 +67,12 @@ def _unseen_version(uow: UnitOfWork, run: Run, device: Device, profile: Profile)
     needs = replace(requirements(run, spec), tags=frozenset())
     if refusal_for(candidate(device, profile, None), needs) is not None:
         return None
-    seen = uow.rounds.evaluated(run.id)
     if profile.trains and profile.training_rows > 0:
-        last = uow.versions.get(run.version_id) if run.version_id and run.phase is RunPhase.COMPLETED else None
-        return None if last is None or (device.id, last.id) in seen else last
-    unseen = [
-        version
-        for version in uow.versions.list(run.id, _PAGE).items
-        if not version.pruned and (device.id, version.id) not in seen
-    ]
-    return min(unseen, key=lambda version: version.number, default=None)
+        if run.phase is not RunPhase.COMPLETED or run.version_id is None:
+            return None
+        last = uow.versions.get(run.version_id)
+        return None if uow.rounds.was_evaluated(device.id, last.id) else last
+    return uow.lists.unseen_version(run.id, device.id)
 
 
 def _offer(run: Run, version: Version, device: Device, *, at: float) -> Assignment:

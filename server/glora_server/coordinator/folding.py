@@ -22,6 +22,7 @@ from glora_server.coordinator.blob_files import delete_all, local_file
 from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.engine import Engine
 from glora_server.coordinator.expectations import check_scales, uploaded_rank
+from glora_server.coordinator.history import note_version
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import (
     ModuleDiagnostics,
@@ -169,11 +170,7 @@ class Folder:
         await self._store.write(partial(_put_parts, VersionId(work.round.id), made))
 
     async def _updates(self, work: _Work, spec: RunSpec, files: AsyncExitStack) -> tuple[UpdateRef, ...]:
-        shares = weights(
-            [upload.training_rows for upload in work.uploads],
-            max_rows=spec.limits.max_training_rows,
-            max_share=spec.limits.max_weight_share,
-        )
+        shares = _shares(work, spec)
         wanted = await self._catalogue.of_round(spec, work.round.number)
         refs = []
         for upload, share in zip(work.uploads, shares, strict=True):
@@ -214,16 +211,28 @@ class Folder:
         version_id = VersionId(work.round.id)
         run = uow.runs.get(work.run.id)
         spec = RunSpec.from_json(run.spec_json)
-        measured = [json.loads(d.values_json) for d in uow.versions.diagnostics(version_id)]
+        by_module = {d.module: json.loads(d.values_json) for d in uow.versions.diagnostics(version_id)}
+        measured = list(by_module.values())
         uow.versions.publish(version_id, json.dumps(summarise(measured)))
+        at = self._engine.clock()
+        note_version(uow, work.round, work.uploads, _shares(work, spec), by_module, at=at)
         uow.runs.save(replace(run, version_id=version_id, rounds_done=work.round.number))
-        done = step(uow, work.round.id, AggregationDone(), at=self._engine.clock())
+        done = step(uow, work.round.id, AggregationDone(), at=at)
         return done, uow.versions.prune(run.id, keep=spec.retention.keep_versions), quality_of(measured)
 
     def _wake_evaluators(self) -> None:
         for device_id, (profile, _) in self._hub.available(self._engine.clock()).items():
             if profile.evaluates:
                 self._hub.wake_device(device_id)
+
+
+def _shares(work: _Work, spec: RunSpec) -> tuple[float, ...]:
+    """The weight of each update in the mean."""
+    return weights(
+        [upload.training_rows for upload in work.uploads],
+        max_rows=spec.limits.max_training_rows,
+        max_share=spec.limits.max_weight_share,
+    )
 
 
 def _load(owed: Owed, uow: UnitOfWork) -> _Work | None:

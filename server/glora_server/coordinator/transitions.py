@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from glora_server.coordinator.history import note_round
 from glora_server.coordinator.model import Owed, OwedKind
 from glora_server.coordinator.ports import UnitOfWork
 from glora_server.rounds import round as machine
@@ -32,6 +33,7 @@ def step(uow: UnitOfWork, round_id: RoundId, event: RoundEvent, *, at: float) ->
     if after is before:
         return Transition(before=before, after=before, effects=())
     saved = uow.rounds.save(after)
+    note_round(uow, before, saved)
     uow.outbox.add(owed for effect in effects if (owed := _owed(effect, saved, at)) is not None)
     return Transition(before=before, after=saved, effects=effects)
 

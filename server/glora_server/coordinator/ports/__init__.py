@@ -46,8 +46,8 @@ from glora_server.coordinator.ports.people import (
 __all__ = [
     "AggregateJob",
     "AggregatedPart",
-    "ApiTokens",
     "Answers",
+    "ApiTokens",
     "Audit",
     "Authority",
     "Blobs",

@@ -25,8 +25,8 @@ from glora_server.coordinator.model import (
     Upload,
     Version,
 )
-from glora_server.coordinator.ports.people import ApiTokens, Sessions, Users
 from glora_server.coordinator.ports.history import Answers, History, Lists
+from glora_server.coordinator.ports.people import ApiTokens, Sessions, Users
 from glora_server.rounds.assignment import Assignment
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, TokenId, VersionId
 from glora_server.rounds.round import Round

@@ -97,7 +97,7 @@ class RoundRepository:
             row = self._session.first(statement, lock=True)
         if row is None:
             raise _unknown(assignment_id)
-        return _assignment(row)
+        return assignment_of(row)
 
     def add_assignment(self, assignment: Assignment) -> None:
         """Store an assignment that belongs to no round."""
@@ -116,7 +116,7 @@ class RoundRepository:
             .where(AssignmentRow.device_id == device_id, text(IS_OPEN))
             .order_by(AssignmentRow.offered_at, AssignmentRow.id)
         )
-        return tuple(_assignment(row) for row in self._session.rows(statement))
+        return tuple(assignment_of(row) for row in self._session.rows(statement))
 
     def busy_devices(self) -> frozenset[DeviceId]:
         """Devices with an open TRAIN assignment."""
@@ -142,12 +142,16 @@ class RoundRepository:
             for row in self._session.rows(statement)
         }
 
-    def evaluated(self, run_id: RunId) -> frozenset[tuple[DeviceId, VersionId]]:
-        """(device, version) pairs that have an EVALUATE assignment, in whatever phase."""
-        statement = select(AssignmentRow.device_id, AssignmentRow.version_id).where(
-            AssignmentRow.run_id == run_id, text("kind = 'evaluate'")
+    def was_evaluated(self, device_id: DeviceId, version_id: VersionId) -> bool:
+        """The device has an EVALUATE assignment for the version, in whatever phase."""
+        statement = (
+            select(AssignmentRow.id)
+            .where(
+                AssignmentRow.device_id == device_id, AssignmentRow.version_id == version_id, text("kind = 'evaluate'")
+            )
+            .limit(1)
         )
-        return frozenset((DeviceId(row.device_id), VersionId(row.version_id)) for row in self._session.rows(statement))
+        return self._session.first(statement) is not None
 
     def _add_assignments(self, items: Sequence[tuple[int, Assignment]]) -> None:
         if items:
@@ -189,11 +193,12 @@ class RoundRepository:
                 .order_by(AssignmentRow.position, AssignmentRow.id)
             )
             for row in self._session.rows(statement):
-                found[row.round_id].append(_assignment(row))
+                found[row.round_id].append(assignment_of(row))
         return found
 
 
-def _assignment(row: AnyRow) -> Assignment:
+def assignment_of(row: AnyRow) -> Assignment:
+    """The assignment of a row."""
     values = dict(row._mapping)
     del values["position"]
     return Assignment(**values)

@@ -9,7 +9,21 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Connection, Row, Select, insert, literal, select, tuple_, update
+from sqlalchemy import (
+    JSON,
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    Text,
+    cast,
+    func,
+    insert,
+    literal,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import InstrumentedAttribute
 
@@ -56,6 +70,14 @@ def columns_of(row: type[Base]) -> Query:
     return select(row)
 
 
+def among(session: Session, column: InstrumentedAttribute[Any], values: Collection[str]) -> ColumnElement[bool]:
+    """The column has one of the values, however many: they go in as one JSON text, not as a parameter each."""
+    words = json.dumps(list(values))
+    if session.connection.dialect.name == "sqlite":
+        return column.in_(select(func.json_each(words).table_valued("value").c.value))
+    return column.in_(select(func.json_array_elements_text(cast(literal(words, Text), JSON)).column_valued("word")))
+
+
 def values_of(record: Any, *, without: Collection[str] = ()) -> dict[str, Any]:
     """The fields of the record by name, as column values."""
     return {field.name: getattr(record, field.name) for field in fields(record) if field.name not in without}
@@ -75,7 +97,7 @@ def add_unless_there(session: Session, row: type[Base], values: dict[str, Any]) 
     """INSERT unless a unique key is taken; whether it was inserted. Nothing breaks the transaction."""
     table = row.__table__
     first = next(iter(table.primary_key))
-    statement = _insert(session, row).values(values).on_conflict_do_nothing().returning(first)
+    statement = insert_into(session, row).values(values).on_conflict_do_nothing().returning(first)
     return session.connection.execute(statement).first() is not None
 
 
@@ -84,12 +106,12 @@ def put_rows(session: Session, row: type[Base], values: Sequence[dict[str, Any]]
     if not values:
         return
     keys = [column.name for column in row.__table__.primary_key]
-    statement = _insert(session, row)
+    statement = insert_into(session, row)
     changed = {name: statement.excluded[name] for name in values[0] if name not in keys}
     session.connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed), list(values))
 
 
-def _insert(session: Session, row: type[Base]) -> Any:
+def insert_into(session: Session, row: type[Base]) -> Any:
     """INSERT of the dialect, which knows ON CONFLICT."""
     return sqlite.insert(row) if session.connection.dialect.name == "sqlite" else postgresql.insert(row)
 
