@@ -15,6 +15,7 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute, RouteContext, iter_route_contexts
 from starlette.types import Scope
 
+from glora_server.coordinator.errors import require_role
 from glora_server.coordinator.people import Principal, Role
 from glora_wire.errors import GloraError, Reason
 
@@ -29,13 +30,7 @@ def require(principal: Principal | None, role: Role) -> Principal:
     """The principal, when their role includes `role`; raises SIGN_IN_NEEDED or ROLE_TOO_LOW."""
     if principal is None:
         raise GloraError(Reason.SIGN_IN_NEEDED, "This needs somebody who has signed in, or a token.")
-    if not principal.role.includes(role):
-        raise GloraError(
-            Reason.ROLE_TOO_LOW,
-            f"{principal.name} has the role {principal.role} here, and this needs {role}; ask an admin.",
-            role=role,
-        )
-    return principal
+    return require_role(principal, role)
 
 
 class _Least:

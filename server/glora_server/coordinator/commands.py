@@ -10,10 +10,11 @@ from pathlib import Path
 
 import structlog
 
+from glora_server.coordinator.audit import note
 from glora_server.coordinator.engine import Engine, one
 from glora_server.coordinator.exports import Exporter, Flavour
 from glora_server.coordinator.hub import Hub
-from glora_server.coordinator.model import AuditEntry, Device, DeviceState, Run, TokenRecord
+from glora_server.coordinator.model import Device, DeviceState, Run, TokenRecord
 from glora_server.coordinator.opening import Opener
 from glora_server.coordinator.people import Principal
 from glora_server.coordinator.ports import Authority, Store, UnitOfWork
@@ -88,14 +89,15 @@ class Commands:
 
     def _add_token(self, actor: Principal, record: TokenRecord, uow: UnitOfWork) -> None:
         uow.tokens.add(record)
-        self._note(uow, actor, "token.create", record.id, uses=record.max_uses, max_rank=record.max_rank)
+        self._note(uow, actor, "token.create", record.id, after=_token(record))
 
     async def revoke_token(self, actor: Principal, token_id: str) -> TokenRecord:
         """No device may join with it any more."""
 
         def work(uow: UnitOfWork) -> TokenRecord:
-            saved = uow.tokens.save(replace(uow.tokens.get(TokenId(token_id)), revoked=True))
-            self._note(uow, actor, "token.revoke", token_id)
+            token = uow.tokens.get(TokenId(token_id))
+            saved = uow.tokens.save(replace(token, revoked=True))
+            self._note(uow, actor, "token.revoke", token_id, before=_token(token), after=_token(saved))
             return saved
 
         return await self.store.write(work)
@@ -120,7 +122,7 @@ class Commands:
                     Reason.DEVICE_REVOKED, f"Device {name} was revoked for good; let it join again with a new token."
                 )
             saved = uow.devices.save(replace(device, state=state))
-            self._note(uow, actor, action, saved.name, before=device.state.value, after=state.value)
+            self._note(uow, actor, action, saved.name, before={"state": device.state}, after={"state": state})
             return saved, [] if state is DeviceState.APPROVED else self._drop_work(uow, saved)
 
         device, _ = await self.engine.commit(work, moved=lambda made: made[1])
@@ -152,7 +154,8 @@ class Commands:
         def work(uow: UnitOfWork) -> Device:
             device = uow.devices.by_name(name)
             saved = uow.devices.save(replace(device, granted_rank=rank))
-            self._note(uow, actor, "device.set-rank", saved.name, before=device.granted_rank, after=rank)
+            before, after = {"granted_rank": device.granted_rank}, {"granted_rank": rank}
+            self._note(uow, actor, "device.set-rank", saved.name, before=before, after=after)
             return saved
 
         device = await self.store.write(work)
@@ -168,7 +171,8 @@ class Commands:
 
         def work(uow: UnitOfWork) -> None:
             uow.runs.add(run)
-            self._note(uow, actor, "run.create", run.name, strategy=spec.strategy.name)
+            after = {"phase": run.phase, "strategy": spec.strategy.name, "max_rank": spec.lora.max_rank}
+            self._note(uow, actor, "run.create", run.name, after=after)
 
         await self.store.write(work)
         return await self.start_run(actor, run.id) if start else run
@@ -183,7 +187,7 @@ class Commands:
             run = uow.runs.get(found.id)
             phase = run_machine.advance(run.phase, RunEvent.START)
             uow.versions.publish(version_id, "{}")
-            self._note(uow, actor, "run.start", run.name)
+            self._note(uow, actor, "run.start", run.name, before={"phase": run.phase}, after={"phase": phase})
             return uow.runs.save(replace(run, phase=phase, version_id=version_id, started_at=self.clock()))
 
         return await self._changed(await self.store.write(work))
@@ -199,8 +203,9 @@ class Commands:
     async def _advance(self, actor: Principal, name: str, event: RunEvent) -> Run:
         def work(uow: UnitOfWork) -> Run:
             run = uow.runs.by_name(name)
-            self._note(uow, actor, f"run.{event}", run.name)
-            return uow.runs.save(replace(run, phase=run_machine.advance(run.phase, event)))
+            phase = run_machine.advance(run.phase, event)
+            self._note(uow, actor, f"run.{event}", run.name, before={"phase": run.phase}, after={"phase": phase})
+            return uow.runs.save(replace(run, phase=phase))
 
         return await self._changed(await self.store.write(work))
 
@@ -216,7 +221,8 @@ class Commands:
             if latest is not None and latest.phase in LIVE:
                 refusal = Refusal(reason=Reason.RUN_ABORTED, message=message)
                 ended = step(uow, latest.id, Aborted(refusal), at=self.clock())
-            self._note(uow, actor, "run.abort", run.name, reason=message)
+            before, after = {"phase": run.phase}, {"phase": phase}
+            self._note(uow, actor, "run.abort", run.name, before=before, after=after, reason=message)
             saved = uow.runs.save(
                 replace(run, phase=phase, reason=Reason.RUN_ABORTED, message=message, ended_at=self.clock())
             )
@@ -236,7 +242,8 @@ class Commands:
             if latest is None or latest.phase not in GATHERING or latest.deadline_at is None:
                 raise GloraError(Reason.ILLEGAL_TRANSITION, f"Run {run.name} has no round that collects updates now.")
             deadline = max(latest.deadline_at, self.clock()) + seconds
-            self._note(uow, actor, "round.extend", f"{run.name}/{latest.number}", seconds=seconds)
+            before, after = {"deadline_at": latest.deadline_at}, {"deadline_at": deadline}
+            self._note(uow, actor, "round.extend", f"{run.name}/{latest.number}", before=before, after=after)
             return step(uow, latest.id, Extended(deadline), at=self.clock())
 
         done = await self.engine.commit(work, moved=one)
@@ -254,12 +261,14 @@ class Commands:
 
         def work(uow: UnitOfWork) -> tuple[Run, Transition | None]:
             run = uow.runs.by_name(name)
-            spec = RunSpec.from_json(run.spec_json).with_policy(changes)
+            old = RunSpec.from_json(run.spec_json)
+            spec = old.with_policy(changes)
             latest = uow.rounds.latest(run.id)
             moved = None
             if latest is not None and latest.phase in LIVE:
                 moved = step(uow, latest.id, PolicyChanged(spec.policy), at=self.clock())
-            self._note(uow, actor, "run.edit", run.name, **{key: str(value) for key, value in changes.items()})
+            was, now = _differences(old, spec)
+            self._note(uow, actor, "run.edit", run.name, before=was, after=now)
             return uow.runs.save(replace(run, spec_json=spec.to_json())), moved
 
         run, _ = await self.engine.commit(work, moved=lambda made: one(made[1]))
@@ -288,9 +297,35 @@ class Commands:
         await self.store.write(work)
         return record
 
-    def _note(self, uow: UnitOfWork, actor: Principal, action: str, target: str, **details: object) -> None:
-        uow.audit.add(
-            AuditEntry(
-                at=self.clock(), actor=actor.name, action=action, target=target, details_json=json.dumps(details)
-            )
-        )
+    def _note(
+        self,
+        uow: UnitOfWork,
+        actor: Principal,
+        action: str,
+        target: str,
+        *,
+        before: Mapping[str, object] | None = None,
+        after: Mapping[str, object] | None = None,
+        **details: object,
+    ) -> None:
+        note(uow, actor, action, target, at=self.clock(), before=before, after=after, **details)
+
+
+def _token(record: TokenRecord) -> dict[str, object]:
+    """What the audit tells of a join token."""
+    return {
+        "description": record.description,
+        "max_uses": record.max_uses,
+        "max_rank": record.max_rank,
+        "tags": record.tags,
+        "approve": record.approve,
+        "expires_at": record.expires_at,
+        "revoked": record.revoked,
+    }
+
+
+def _differences(before: RunSpec, after: RunSpec) -> tuple[dict[str, object], dict[str, object]]:
+    """The keys of the policy that differ, with their values before and after."""
+    was, now = (json.loads(spec.to_json())["policy"] for spec in (before, after))
+    changed = sorted(key for key in was.keys() | now.keys() if was.get(key) != now.get(key))
+    return {key: was.get(key) for key in changed}, {key: now.get(key) for key in changed}

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import errno
 
+from glora_server.coordinator.people import Principal, Role
 from glora_server.rounds.assignment import Assignment
 from glora_wire.errors import GloraError, Reason
+
+
+def require_role(principal: Principal, role: Role) -> Principal:
+    """The principal, when their role includes `role`; raises ROLE_TOO_LOW."""
+    if not principal.role.includes(role):
+        raise GloraError(
+            Reason.ROLE_TOO_LOW,
+            f"{principal.name} has the role {principal.role} here, and this needs {role}; ask an admin.",
+            role=role,
+        )
+    return principal
+
+
+def api_token_unknown(token_id: str) -> GloraError:
+    """There is no such API token, or it is somebody else's: who asks cannot tell which."""
+    return GloraError(
+        Reason.API_TOKEN_UNKNOWN, f"There is no API token {token_id!r}; see `glora api-token list`.", token=token_id
+    )
 
 
 def not_yours(assignment_id: str) -> GloraError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import delete, func, or_, select, update
 
+from glora_server.coordinator.errors import api_token_unknown
 from glora_server.coordinator.model import Listing, Page
 from glora_server.coordinator.people import ApiToken, ApiTokenId, Role, User, UserId
 from glora_server.coordinator.people import Session as SessionRecord
@@ -139,11 +140,7 @@ class ApiTokenRepository:
         """The token; raises API_TOKEN_UNKNOWN."""
         row = self._session.first(columns_of(ApiTokenRow).where(ApiTokenRow.id == token_id), lock=True)
         if row is None:
-            raise GloraError(
-                Reason.API_TOKEN_UNKNOWN,
-                f"There is no API token {token_id!r}; see `glora api-token list`.",
-                token=token_id,
-            )
+            raise api_token_unknown(token_id)
         return built(ApiToken, row)
 
     def find(self, token_id: ApiTokenId) -> ApiToken | None:
