@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 import structlog
 import uvicorn
@@ -34,6 +35,7 @@ from glora_server.coordinator.queries import Queries
 from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.starting import RunStarter
 from glora_server.coordinator.sweeping import sweep
+from glora_server.coordinator.upload_session import Places
 from glora_server.coordinator.uploads import UploadService
 from glora_server.coordinator.views import SystemView
 from glora_server.coordinator.workspace import Workspace
@@ -65,6 +67,8 @@ class Services:
     numerics: LocalEngine
     authority: FileAuthority
     hub: Hub
+    places: Places
+    data_dir: Path
     engine: Engine
     opener: Opener
     devices: DeviceService
@@ -128,12 +132,13 @@ class Server:
             settings.grpc.public_names,
             device_lifetime=timedelta(days=settings.security.certificate_days),
         )
-        store = SqlStore.open(settings.database_url)
+        store = SqlStore.open(settings.database_url, observer=self.metrics)
         blobs = FsspecBlobs(settings.blobs.url or data / "blobs", cache=data / "cache")
         worker = settings.worker
         numerics = LocalEngine(device=worker.device, threads=worker.threads)
         hub = Hub()
         self.metrics.hub = hub
+        places = Places(settings.grpc.max_concurrent_uploads)
         engine = Engine(store=store, hub=hub, observer=self.metrics)
         opener = Opener(store=store, hub=hub, engine=engine)
         catalogue = Catalogue(numerics)
@@ -164,6 +169,8 @@ class Server:
             numerics=numerics,
             authority=authority,
             hub=hub,
+            places=places,
+            data_dir=data,
             engine=engine,
             opener=opener,
             devices=DeviceService(
@@ -176,7 +183,7 @@ class Server:
                 hub=hub,
                 catalogue=catalogue,
                 workspace=workspace,
-                places=asyncio.Semaphore(settings.grpc.max_concurrent_uploads),
+                places=places,
             ),
             enrolment=EnrolmentService(store=store, authority=authority, clock=engine.clock),
             commands=Commands(
@@ -224,7 +231,8 @@ class Server:
             metrics_open=settings.http.loopback or settings.http.metrics_open,
             work_dir=settings.data_dir / "scratch",
         )
-        config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3)
+        counted = self.metrics.web(app)
+        config = uvicorn.Config(counted, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3)
         server = _QuietServer(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -1,25 +1,27 @@
-import asyncio
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TypeVar, cast
+from dataclasses import fields, replace
+from typing import Final
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from glora_server.coordinator.hub import Hub
-from glora_server.coordinator.model import Device, DeviceState, Profile
-from glora_server.coordinator.observer import Quality
-from glora_server.coordinator.ports import UnitOfWork
-from glora_server.coordinator.quality import quality_of
+from glora_server.coordinator.observer import SignIn
+from glora_server.coordinator.quality import Quality, quality_of
 from glora_server.rounds.assignment import Assignment, AssignmentKind, AssignmentPhase
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, VersionId
 from glora_server.rounds.policy import RoundPolicy
 from glora_server.rounds.round import Round, RoundPhase
-from glora_server.telemetry.metrics import METRIC_NAMES, Metrics, metric_table
-from glora_wire.errors import GloraError, Reason, Refusal
+from glora_server.telemetry.metrics import Metrics
+from glora_server.telemetry.names import METRICS, Kind, metric_table
+from glora_wire.errors import Reason, Refusal
 
-T = TypeVar("T")
+BOUNDED: Final = {"method", "code", "kind", "outcome", "reason", "state", "version", "phase", "route", "status"} | {
+    "stat",
+    "operation",
+    "certificate",
+}
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
@@ -28,40 +30,38 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return found
 
 
-def scrape_names(metrics: Metrics) -> set[str]:
-    """Names as a Prometheus server would store them, histograms by their base name."""
-    text, content_type = metrics.text()
+def test_scrape_shows_exactly_the_listed_metrics_with_kind_and_meaning_from_the_start() -> None:
+    text, content_type = Metrics().text()
     assert content_type.startswith("text/plain")
-    names = set()
-    for family in text_string_to_metric_families(text.decode()):
-        for sample in family.samples:
-            histogram = family.type == "histogram"
-            names.add(family.name if histogram else sample.name)
-    return names
-
-
-def test_scrape_shows_exactly_the_listed_metrics_from_the_start() -> None:
-    ours = {name for name in scrape_names(Metrics()) if name.startswith("glora_")}
-    assert ours == set(METRIC_NAMES)
-    assert len(METRIC_NAMES) == len(set(METRIC_NAMES))
+    found = {
+        (family.name, family.type, family.documentation)
+        for family in text_string_to_metric_families(text.decode())
+        if family.name.startswith("glora_")
+    }
+    # The text format calls an info a gauge, and its parser drops the suffix of counters.
+    listed = {
+        (
+            metric.name.removesuffix("_total"),
+            "gauge" if metric.kind is Kind.INFO else metric.kind.value,
+            metric.meaning,
+        )
+        for metric in METRICS
+    }
+    assert found == listed
+    assert len({metric.name for metric in METRICS}) == len(METRICS)
 
 
 def test_table_has_a_row_with_a_meaning_for_every_metric() -> None:
     rows = metric_table().splitlines()[2:]
-    assert [row.split("`")[1] for row in rows] == list(METRIC_NAMES)
-    assert all(row.rstrip(" |").split(" | ")[-1].endswith(".") for row in rows)
+    assert [row.split("`")[1] for row in rows] == [metric.name for metric in METRICS]
+    assert all(metric.meaning.endswith(".") and "|" not in metric.meaning for metric in METRICS)
 
 
-def test_no_label_can_name_a_device_or_a_run() -> None:
-    text = Metrics().text()[0].decode()
-    labels = {
-        label
-        for family in text_string_to_metric_families(text)
-        if family.name.startswith("glora_")
-        for sample in family.samples
-        for label in sample.labels
-    }
-    assert labels == {"method", "code", "kind", "outcome", "reason", "state", "version", "le"}
+def test_labels_are_bounded_and_only_gauges_name_a_run() -> None:
+    for metric in METRICS:
+        if "run" in metric.labels:
+            assert metric.kind is Kind.GAUGE, "what is counted can not be removed when the run ends"
+        assert set(metric.labels) - {"run"} <= BOUNDED, metric.name
 
 
 def test_two_servers_in_one_process_count_apart() -> None:
@@ -81,32 +81,33 @@ def test_transfers_are_counted_in_all_and_by_assignment() -> None:
     assert (metrics.hub.traffic[AssignmentId("a")].down, metrics.hub.traffic[AssignmentId("a")].up) == (5, 7)
 
 
-def test_updates_are_counted_by_verdict() -> None:
+def test_updates_sign_ins_and_commits_are_counted() -> None:
     metrics = Metrics()
     metrics.upload_judged(None)
     metrics.upload_judged(Refusal(reason=Reason.NON_FINITE, message="NaN"))
-    quality = Quality(captured_energy=0.9, truncation_error=0.3, eigengap=0.1, consensus=0.7)
-    metrics.aggregated(seconds=2.0, updates=3, quality=quality)
+    metrics.aggregated(seconds=2.0, commit_seconds=0.5, updates=3)
+    metrics.signed_in(SignIn.REFUSED)
+    metrics.committed(seconds=0.002)
+    metrics.failed(operation="write", kind="full")
     assert value(metrics, "glora_uploads_total", outcome="accepted", reason="") == 1
     assert value(metrics, "glora_uploads_total", outcome="rejected", reason="NON_FINITE") == 1
     assert value(metrics, "glora_versions_total") == 1
     assert value(metrics, "glora_aggregation_seconds_sum") == 2.0
-    for name, expected in asdict(quality).items():
-        assert value(metrics, f"glora_{name}_ratio") == expected
+    assert value(metrics, "glora_phase_seconds_sum", phase="aggregate") == 1.5
+    assert value(metrics, "glora_phase_seconds_sum", phase="commit") == 0.5
+    assert value(metrics, "glora_sign_ins_total", outcome="refused") == 1
+    assert value(metrics, "glora_sign_ins_total", outcome="accepted") == 0
+    assert value(metrics, "glora_database_commit_seconds_count") == 1
+    assert value(metrics, "glora_database_errors_total", operation="write", kind="full") == 1
 
 
-def test_nothing_measured_is_no_number_rather_than_zero() -> None:
-    metrics = Metrics()
-    for field_ in fields(Quality):
-        assert math.isnan(value(metrics, f"glora_{field_.name}_ratio"))
-
-
-def test_quality_is_the_mean_over_modules_of_what_was_measured() -> None:
+def test_quality_is_spread_over_modules_of_what_was_measured() -> None:
     first = {
         "captured_energy": 0.9,
         "truncation_error": 0.2,
         "eigenvalues": [0.5, 0.25],
         "eigengap": 0.25,
+        "sigma": [3.0, 3.0, 0.0],
         "clients": [{"share": 0.75, "change_cosine": 1.0}, {"share": 0.25, "change_cosine": -1.0}],
     }
     second: dict[str, object] = {
@@ -114,12 +115,17 @@ def test_quality_is_the_mean_over_modules_of_what_was_measured() -> None:
         "truncation_error": None,
         "eigenvalues": [],
         "eigengap": None,
+        "sigma": [5.0],
         "clients": [],
     }
     found = quality_of([first, second, {}])
-    assert found.captured_energy == pytest.approx(0.8)
-    assert (found.truncation_error, found.eigengap, found.consensus) == (0.2, 0.5, 0.5)
-    assert all(math.isnan(number) for number in asdict(quality_of([])).values())
+    assert found.captured_energy.mean == pytest.approx(0.8)
+    assert (found.captured_energy.least, found.captured_energy.largest) == (0.7, 0.9)
+    assert (found.truncation_error.mean, found.eigengap.mean, found.consensus.mean) == (0.2, 0.5, 0.5)
+    assert found.effective_rank.least == pytest.approx(1.0)
+    assert found.effective_rank.largest == pytest.approx(2.0)
+    nothing = quality_of([])
+    assert all(math.isnan(getattr(nothing, item.name).mean) for item in fields(Quality))
 
 
 def assignment(name: str, phase: AssignmentPhase, reason: Reason | None = None) -> Assignment:
@@ -179,9 +185,10 @@ def test_a_round_is_counted_once_and_so_are_its_assignments() -> None:
     assert value(metrics, "glora_rounds_total", outcome="failed") == 0
     assert value(metrics, "glora_round_seconds_sum") == 60.0
     assert value(metrics, "glora_round_seconds_count") == 1
-    assert value(metrics, "glora_assignments_total", outcome="accepted_update") == 1
-    assert value(metrics, "glora_assignments_total", outcome="expired") == 2
-    assert value(metrics, "glora_assignments_total", outcome="declined") == 1
+    assert value(metrics, "glora_assignments_total", outcome="accepted_update", reason="") == 1
+    assert value(metrics, "glora_assignments_total", outcome="expired", reason="ROUND_CLOSED") == 1
+    assert value(metrics, "glora_assignments_total", outcome="expired", reason="DEADLINE_PASSED") == 1
+    assert value(metrics, "glora_assignments_total", outcome="declined", reason="") == 0, "it was counted before"
     assert value(metrics, "glora_uploads_total", outcome="discarded", reason="ROUND_CLOSED") == 1
     assert (
         metrics.registry.get_sample_value("glora_uploads_total", {"outcome": "discarded", "reason": "DEADLINE_PASSED"})
@@ -189,102 +196,25 @@ def test_a_round_is_counted_once_and_so_are_its_assignments() -> None:
     ), "that device had uploaded nothing"
 
 
-@dataclass(frozen=True, slots=True)
-class Stats:
-    peak_bytes: int
-    restarts: int
-
-
-@dataclass(slots=True)
-class FakeWorker:
-    counters: Stats = Stats(1000, 2)
-
-    def stats(self) -> Stats:
-        return self.counters
-
-
-@dataclass(slots=True)
-class FakeRows:
-    devices_: tuple[Device, ...] = ()
-
-    @property
-    def devices(self) -> "FakeRows":
-        return self
-
-    @property
-    def rounds(self) -> "FakeRows":
-        return self
-
-    def all(self) -> tuple[Device, ...]:
-        return self.devices_
-
-    def live(self) -> tuple[Round, ...]:
-        return (round_of(RoundPhase.COLLECTING),)
-
-
-@dataclass(slots=True)
-class FakeStore:
-    rows: FakeRows
-    away: bool = False
-
-    async def read(self, work: Callable[[UnitOfWork], T]) -> T:
-        if self.away:
-            raise GloraError(Reason.DATABASE_UNUSABLE, "It is away.")
-        return work(cast("UnitOfWork", self.rows))
-
-    async def write(self, work: Callable[[UnitOfWork], T]) -> T:
-        raise AssertionError(f"sampling writes nothing, but it called {work}")
-
-
-@dataclass(slots=True)
-class FakeServer:
-    store: FakeStore
-    hub: Hub = field(default_factory=Hub)
-    numerics: FakeWorker = field(default_factory=FakeWorker)
-
-
-def device(name: str, state: DeviceState) -> Device:
-    return Device(
-        id=DeviceId(name),
-        name=name,
-        state=state,
-        declared_rank=1,
-        granted_rank=1,
-        token_id=None,
-        key_sha256=name,
-        certificate_pem="",
-        certificate_serial="",
-        certificate_expires_at=0.0,
-        created_at=0.0,
-    )
-
-
-async def watch_briefly(metrics: Metrics, server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("glora_server.telemetry.sampling._LAG_EVERY_SECONDS", 0.001)
-    monkeypatch.setattr("glora_server.telemetry.sampling._STATES_EVERY_SECONDS", 0.002)
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(metrics.watch(server), 0.05)
-
-
-async def test_states_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    here, away = device("here", DeviceState.APPROVED), device("away", DeviceState.APPROVED)
-    server = FakeServer(FakeStore(FakeRows((here, away, device("new", DeviceState.PENDING)))))
-    server.hub.arrive(here.id, Profile(), 0.0)
+def test_each_step_of_an_assignment_is_timed_once() -> None:
     metrics = Metrics()
-    await watch_briefly(metrics, server, monkeypatch)
-    assert value(metrics, "glora_devices", state="approved") == 2
-    assert value(metrics, "glora_devices", state="pending") == 1
-    assert value(metrics, "glora_devices", state="suspended") == 0
-    assert value(metrics, "glora_online_devices") == 1
-    assert value(metrics, "glora_active_rounds") == 1
-    assert value(metrics, "glora_worker_peak_bytes") == 1000
-    assert value(metrics, "glora_worker_restarts_total") == 2
-    assert value(metrics, "glora_event_loop_lag_seconds_count") >= 2
+    offered = assignment("a", AssignmentPhase.OFFERED)
+    accepted = replace(offered, phase=AssignmentPhase.ACCEPTED, accepted_at=1.0)
+    delivered = replace(accepted, phase=AssignmentPhase.DELIVERED, delivered_at=3.0)
+    uploading = replace(delivered, phase=AssignmentPhase.UPLOADING, upload_started_at=7.0)
+    received = replace(uploading, phase=AssignmentPhase.RECEIVED, received_at=15.0)
+    judged = replace(received, phase=AssignmentPhase.ACCEPTED_UPDATE, closed_at=31.0)
+    steps = [offered, accepted, delivered, uploading, received, judged, replace(judged, training_rows=1)]
+    for before, after in itertools.pairwise(steps):
+        metrics.round_moved(round_of(RoundPhase.COLLECTING, before), round_of(RoundPhase.COLLECTING, after))
+    for phase, seconds in (("accept", 1.0), ("download", 2.0), ("train", 4.0), ("upload", 8.0), ("validate", 16.0)):
+        assert value(metrics, "glora_phase_seconds_sum", phase=phase) == seconds
+        assert value(metrics, "glora_phase_seconds_count", phase=phase) == 1
 
 
-async def test_sampling_outlives_a_database_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = FakeServer(FakeStore(FakeRows(), away=True))
+def test_a_step_that_was_skipped_is_not_timed() -> None:
     metrics = Metrics()
-    await watch_briefly(metrics, server, monkeypatch)
-    assert value(metrics, "glora_worker_peak_bytes") == 1000
-    assert value(metrics, "glora_active_rounds") == 0
+    offered = assignment("a", AssignmentPhase.OFFERED)
+    received = replace(offered, phase=AssignmentPhase.RECEIVED, received_at=15.0)
+    metrics.round_moved(round_of(RoundPhase.COLLECTING, offered), round_of(RoundPhase.COLLECTING, received))
+    assert value(metrics, "glora_phase_seconds_count", phase="upload") == 0

@@ -36,7 +36,7 @@ from glora_server.coordinator.model import (
     Version,
 )
 from glora_server.coordinator.numerics import retrying
-from glora_server.coordinator.observer import Observer, Quality
+from glora_server.coordinator.observer import Observer
 from glora_server.coordinator.ports import (
     AggregatedPart,
     AggregateJob,
@@ -47,7 +47,6 @@ from glora_server.coordinator.ports import (
     UnitOfWork,
     UpdateRef,
 )
-from glora_server.coordinator.quality import quality_of
 from glora_server.coordinator.readouts import Readouts, shards
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.transitions import Transition, step
@@ -103,7 +102,8 @@ class Folder:
         begun = time.perf_counter()
         try:
             await self._make_parts(work)
-            _, pruned, quality = await self._engine.commit(partial(self._publish, work), moved=lambda made: (made[0],))
+            commit_begun = time.perf_counter()
+            _, pruned = await self._engine.commit(partial(self._publish, work), moved=lambda made: (made[0],))
         except GloraError as error:
             if error.retry_after is not None:
                 raise
@@ -113,8 +113,9 @@ class Folder:
             lost = Refusal(reason=Reason.AGGREGATION_FAILED, message="The server lost the bytes of an update.")
             await self._give_up(work, owed, lost)
             return
-        seconds = time.perf_counter() - begun
-        self._observer.aggregated(seconds=seconds, updates=len(work.uploads), quality=quality)
+        ended = time.perf_counter()
+        seconds = ended - begun
+        self._observer.aggregated(seconds=seconds, commit_seconds=ended - commit_begun, updates=len(work.uploads))
         log.info(
             "version_published",
             run=work.run.name,
@@ -207,7 +208,7 @@ class Folder:
             )
         )
 
-    def _publish(self, work: _Work, uow: UnitOfWork) -> tuple[Transition, tuple[Readout, ...], Quality]:
+    def _publish(self, work: _Work, uow: UnitOfWork) -> tuple[Transition, tuple[Readout, ...]]:
         version_id = VersionId(work.round.id)
         run = uow.runs.get(work.run.id)
         spec = RunSpec.from_json(run.spec_json)
@@ -218,7 +219,7 @@ class Folder:
         note_version(uow, work.round, work.uploads, _shares(work, spec), by_module, at=at)
         uow.runs.save(replace(run, version_id=version_id, rounds_done=work.round.number))
         done = step(uow, work.round.id, AggregationDone(), at=at)
-        return done, uow.versions.prune(run.id, keep=spec.retention.keep_versions), quality_of(measured)
+        return done, uow.versions.prune(run.id, keep=spec.retention.keep_versions)
 
     def _wake_evaluators(self) -> None:
         for device_id, (profile, _) in self._hub.available(self._engine.clock()).items():

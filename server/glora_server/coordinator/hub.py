@@ -148,6 +148,11 @@ class Hub:
             if known.polls > 0 or at - known.last_seen_at < _FRESH_SECONDS
         }
 
+    @property
+    def open_polls(self) -> int:
+        """Questions for work that are being held open."""
+        return sum(known.polls for known in self._present.values())
+
     def is_online(self, device_id: DeviceId, at: float) -> bool:
         """The device asked for work or moved an assignment within the last minute."""
         known = self._present.get(device_id)

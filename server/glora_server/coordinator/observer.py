@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from enum import StrEnum
 from typing import Protocol
 
 from glora_server.rounds.round import Round
 from glora_wire.errors import Refusal
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Quality:
-    """What aggregation measured, as means over the modules of a version; NaN where nothing was measured.
+class SignIn(StrEnum):
+    """What became of an attempt to sign in."""
 
-    `captured_energy` ‖S'‖²/‖M‖² and `truncation_error` ‖S' − M‖/‖M‖ of the mean M, `eigengap` at the server's rank
-    relative to the largest eigenvalue, `consensus` the mean cosine between a device's change and the mean change.
-    """
-
-    captured_energy: float
-    truncation_error: float
-    eigengap: float
-    consensus: float
+    ACCEPTED = "accepted"
+    REFUSED = "refused"
+    """Wrong name or password, or the user is disabled."""
+    LIMITED = "limited"
+    """Not even looked at: too many attempts."""
 
 
 class Observer(Protocol):
@@ -34,8 +30,12 @@ class Observer(Protocol):
         """An update was accepted (None) or rejected."""
         ...
 
-    def aggregated(self, *, seconds: float, updates: int, quality: Quality) -> None:
-        """A round was folded into a new version."""
+    def aggregated(self, *, seconds: float, commit_seconds: float, updates: int) -> None:
+        """A round was folded into a new version; `commit_seconds` of all `seconds` went into publishing it."""
+        ...
+
+    def signed_in(self, outcome: SignIn) -> None:
+        """Somebody tried to sign in."""
         ...
 
 
@@ -48,5 +48,8 @@ class NobodyWatches:
     def upload_judged(self, refusal: Refusal | None) -> None:
         """Ignore."""
 
-    def aggregated(self, *, seconds: float, updates: int, quality: Quality) -> None:
+    def aggregated(self, *, seconds: float, commit_seconds: float, updates: int) -> None:
+        """Ignore."""
+
+    def signed_in(self, outcome: SignIn) -> None:
         """Ignore."""

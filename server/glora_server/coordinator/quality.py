@@ -1,22 +1,47 @@
-"""How well a round's updates went together, in four numbers for those who watch; the rest is kept by module."""
+"""How well a round's updates went together, in a few numbers for those who watch; the rest is kept by module."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-
-from glora_server.coordinator.observer import Quality
+from dataclasses import dataclass
 
 Values = Mapping[str, object]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """A number over the modules of a version: its mean, least and largest; NaN where no module has it."""
+
+    mean: float
+    least: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """What aggregation measured, over the modules of a version.
+
+    `captured_energy` ‖S'‖²/‖M‖² and `truncation_error` ‖S' − M‖/‖M‖ of the mean M, `eigengap` at the server's rank
+    relative to the largest eigenvalue, `consensus` the mean cosine between a device's change and the mean change,
+    `effective_rank` exp(−Σ q ln q) of the singular values of S', q = σ/Σσ (Roy and Vetterli 2007).
+    """
+
+    captured_energy: Spread
+    truncation_error: Spread
+    eigengap: Spread
+    consensus: Spread
+    effective_rank: Spread
+
+
 def quality_of(modules: Sequence[Values]) -> Quality:
-    """Means over the modules of what aggregation measured for each (Diagnostics as JSON); NaN where nothing was."""
+    """Of what aggregation measured for each module (Diagnostics as JSON)."""
     return Quality(
-        captured_energy=_mean(_number(values.get("captured_energy")) for values in modules),
-        truncation_error=_mean(_number(values.get("truncation_error")) for values in modules),
-        eigengap=_mean(_eigengap(values) for values in modules),
-        consensus=_mean(_consensus(values) for values in modules),
+        captured_energy=_spread(_number(values.get("captured_energy")) for values in modules),
+        truncation_error=_spread(_number(values.get("truncation_error")) for values in modules),
+        eigengap=_spread(_eigengap(values) for values in modules),
+        consensus=_spread(_consensus(values) for values in modules),
+        effective_rank=_spread(_effective_rank(values) for values in modules),
     )
 
 
@@ -42,9 +67,21 @@ def _consensus(values: Values) -> float:
     return math.fsum(share * cosine for share, cosine in known) / total if total > 0 else math.nan
 
 
-def _mean(values: Iterable[float]) -> float:
+def _effective_rank(values: Values) -> float:
+    """From 1 (one direction has everything) to the number of singular values; NaN of the zero state."""
+    sigma = values.get("sigma")
+    if not isinstance(sigma, Sequence):
+        return math.nan
+    known = [value for value in map(_number, sigma) if value > 0]
+    total = math.fsum(known)
+    return math.exp(-math.fsum(s / total * math.log(s / total) for s in known)) if known else math.nan
+
+
+def _spread(values: Iterable[float]) -> Spread:
     known = [value for value in values if not math.isnan(value)]
-    return math.fsum(known) / len(known) if known else math.nan
+    if not known:
+        return Spread(mean=math.nan, least=math.nan, largest=math.nan)
+    return Spread(mean=math.fsum(known) / len(known), least=min(known), largest=max(known))
 
 
 def _number(value: object) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from glora_server.coordinator.errors import storage_error
 from glora_server.coordinator.messages import UploadHeader, UploadStatus
@@ -49,6 +49,31 @@ class Desk(Protocol):
     def closed(self, session: UploadSession) -> None:
         """Forget a session that ended."""
         ...
+
+
+class Places(asyncio.Semaphore):
+    """Places for fast streams: how many there are, are taken, and are waited for."""
+
+    def __init__(self, total: int) -> None:
+        super().__init__(total)
+        self.total = total
+        self.used = 0
+        self.waiting = 0
+
+    async def acquire(self) -> Literal[True]:
+        """Wait for a place."""
+        self.waiting += 1
+        try:
+            taken = await super().acquire()
+        finally:
+            self.waiting -= 1
+        self.used += 1
+        return taken
+
+    def release(self) -> None:
+        """Give a place back."""
+        self.used -= 1
+        super().release()
 
 
 @dataclass(slots=True)

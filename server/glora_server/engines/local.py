@@ -51,6 +51,8 @@ class WorkerStats:
     restarts: int = 0
     busy_seconds: float = 0.0
     peak_bytes: int = 0
+    queued: int = 0
+    """Jobs that wait for it."""
 
 
 class EngineClosedError(Exception):
@@ -98,7 +100,7 @@ class LocalEngine(NumericsEngine):
     def stats(self) -> WorkerStats:
         """Counters for the metrics page."""
         with self._guard:
-            return self._stats
+            return replace(self._stats, queued=self._requests.qsize())
 
     async def start(self) -> None:
         """Start the worker now (2 to 5 s) instead of with the first job; raises GloraError when it cannot serve."""

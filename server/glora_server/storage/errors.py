@@ -55,6 +55,15 @@ def is_read_only(error: DBAPIError) -> bool:
     return _says(error, _READ_ONLY)
 
 
+def kind_of(error: DBAPIError) -> str:
+    """The trouble in one word, for counting: full, lost, busy or other."""
+    if is_full(error):
+        return "full"
+    if is_lost(error):
+        return "lost"
+    return "busy" if is_passing(error) else "other"
+
+
 def translated(error: DBAPIError, where: str) -> Exception:
     """What to raise instead of `error`: a GloraError where an operator can act, else `error`; `where` is a safe URL."""
     if is_full(error):

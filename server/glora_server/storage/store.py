@@ -15,7 +15,8 @@ from glora_server.coordinator.model import Page
 from glora_server.coordinator.ports import UnitOfWork
 from glora_server.storage import migrate as schema
 from glora_server.storage.database import READERS, Database, connect
-from glora_server.storage.errors import is_passing, is_read_only, translated, unusable
+from glora_server.storage.errors import is_passing, is_read_only, kind_of, translated, unusable
+from glora_server.storage.observer import NobodyCounts, StoreObserver
 from glora_server.storage.unit_of_work import SqlUnitOfWork
 from glora_server.storage.writer import Writer
 from glora_wire.errors import GloraError, Reason
@@ -28,14 +29,22 @@ _READ_TRIES: Final = 3
 class SqlStore:
     """A relational database behind the port `Store`; made by `open`, ended by `close`."""
 
-    def __init__(self, database: Database, clock: Callable[[], float]) -> None:
+    def __init__(self, database: Database, clock: Callable[[], float], observer: StoreObserver) -> None:
         self._database = database
         self._now = clock
-        self._writer = Writer(database.writer, database.url_for_log)
+        self._observer = observer
+        self._writer = Writer(database.writer, database.url_for_log, observer)
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="glora-reader")
 
     @classmethod
-    def open(cls, url: str, *, migrate: bool = True, clock: Callable[[], float] = time.time) -> Self:
+    def open(
+        cls,
+        url: str,
+        *,
+        migrate: bool = True,
+        clock: Callable[[], float] = time.time,
+        observer: StoreObserver | None = None,
+    ) -> Self:
         """The store at `url`, with the schema brought up to date; raises DATABASE_UNUSABLE saying what to do.
 
         Without `migrate` an old schema is refused. `sqlite://` is a database in memory, for tests.
@@ -50,7 +59,7 @@ class SqlStore:
         except (SQLAlchemyError, GloraError) as error:
             database.dispose()
             raise unusable(error, database.url_for_log) from error
-        return cls(database, clock)
+        return cls(database, clock, observer or NobodyCounts())
 
     @property
     def url_for_log(self) -> str:
@@ -85,6 +94,11 @@ class SqlStore:
             raise GloraError(Reason.DATABASE_UNUSABLE, "The database is closed: the server is shutting down.")
         await self.read(lambda uow: uow.audit.list(Page(size=1)))
 
+    @property
+    def queued(self) -> int:
+        """Changes that wait for the thread that writes."""
+        return self._writer.queued
+
     async def close(self) -> None:
         """Finish what was submitted, then close all connections."""
         await asyncio.to_thread(self.close_now)
@@ -103,6 +117,7 @@ class SqlStore:
             except DBAPIError as error:
                 if is_read_only(error):
                     raise RuntimeError("work that was given to read() must not change anything") from error
+                self._observer.failed(operation="read", kind=kind_of(error))
                 if attempt == _READ_TRIES or not is_passing(error):
                     raise translated(error, self.url_for_log) from error
         raise AssertionError("the last try returns")

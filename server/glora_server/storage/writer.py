@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, RootTransaction
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from glora_server.storage.errors import is_full, is_lost, is_passing, translated
+from glora_server.storage.errors import is_full, is_lost, is_passing, kind_of, translated
+from glora_server.storage.observer import StoreObserver
 from glora_wire.errors import GloraError, Reason
 
 Work = Callable[[Connection], Any]
@@ -63,9 +64,10 @@ class _InDoubtError(Exception):
 class Writer:
     """A thread with a queue; `submit` from anywhere, `close` once."""
 
-    def __init__(self, engine: Engine, where: str) -> None:
+    def __init__(self, engine: Engine, where: str, observer: StoreObserver) -> None:
         self._engine = engine
         self._where = where
+        self._observer = observer
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._closed = False
@@ -85,6 +87,11 @@ class Writer:
     def alive(self) -> bool:
         """Whether jobs are still being taken."""
         return self._thread.is_alive() and not self._closed
+
+    @property
+    def queued(self) -> int:
+        """Jobs that wait for the thread."""
+        return self._jobs.qsize()
 
     def close(self) -> None:
         """Finish what was submitted and end the thread."""
@@ -157,6 +164,7 @@ class Writer:
 
     def _attempt(self, group: list[_Job]) -> list[_Outcome]:
         """Run the group in one transaction and commit it; raises _GroupLostError when nothing was committed."""
+        begun = time.perf_counter()
         try:
             with self._engine.connect() as connection:
                 outer = connection.begin()
@@ -170,7 +178,9 @@ class Writer:
                     outer.rollback()
                 else:
                     self._commit(outer)
+                    self._observer.committed(seconds=time.perf_counter() - begun)
         except DBAPIError as error:
+            self._observer.failed(operation="write", kind=kind_of(error))
             raise _GroupLostError from error
         return outcomes
 
@@ -193,20 +203,23 @@ class Writer:
             return _Outcome(job, error=self._translated(error))
         return _Outcome(job, result=result)
 
-    @staticmethod
-    def _commit(outer: RootTransaction) -> None:
+    def _commit(self, outer: RootTransaction) -> None:
         try:
             outer.commit()
         except DBAPIError as error:
             outer.close()
             if is_lost(error):
+                self._observer.failed(operation="write", kind=kind_of(error))
                 raise _InDoubtError from error
             raise
 
-    @staticmethod
-    def _raise_if_lost(error: Exception) -> None:
-        if isinstance(error, DBAPIError) and (is_passing(error) or is_full(error)):
+    def _raise_if_lost(self, error: Exception) -> None:
+        if not isinstance(error, DBAPIError):
+            return
+        if is_passing(error) or is_full(error):
             raise error
+        if not isinstance(error, IntegrityError):  # which answers a question: is it there already
+            self._observer.failed(operation="write", kind=kind_of(error))
 
     def _translated(self, error: Exception) -> Exception:
         if not isinstance(error, DBAPIError):
