@@ -22,7 +22,7 @@ from glora_server.aggregation import (
     canonical_state,
     readout,
 )
-from glora_server.aggregation.fast.intake import VoteRule, read_groups
+from glora_server.aggregation.fast.intake import VoteRule, module_round, read_groups
 from glora_server.aggregation.fast.span import pays, prefers_gram
 from glora_server.aggregation.rules import Rule
 from glora_server.aggregation.subspace import Subspace, Voting
@@ -105,7 +105,8 @@ def test_the_two_sizes_go_the_two_ways() -> None:
         state = start_state(size)
         rule = VoteRule(rule=Rule.DELTA, eta=1.0, rank_tol=1e-5, voting=Voting(subspace=Subspace.PROJECTOR))
         updates = trained(size, state)
-        groups = read_groups(rule, state, updates, [1 / size.count] * size.count)
+        module = module_round(rule, state, updates, [1 / size.count] * size.count)
+        groups = read_groups(rule, [module], stack=False)
         assert prefers_gram(groups, RANK) is gram
         assert pays(groups, RANK)
 

@@ -3,20 +3,21 @@ r"""Gram cores of some devices of one rank: what `intake` decides votes from (th
 Gram matrices square condition numbers. So columns are scaled to norm one, float32 sums are kept only where they show
 themselves to suffice, and a device whose factors cancel (‖B‖‖A‖ ≫ ‖BA‖: a bad gauge) is refactored by QR first. The
 error of σ that is left is 3e-8 of Σ‖b_j‖‖a_j‖.
+
+Modules (M) come first and devices (m) second in every shape; columns of a tail that a module lacks are zero.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from glora_server.aggregation.factors import gauge_fix
+from glora_server.aggregation.fast.devices import Devices, Products, chunks, products_of
 
 RESOLUTION = 3e-8
 """Smallest σ relative to Σ‖b_j‖‖a_j‖ that the square root of a float64 Gram core can tell from zero."""
 
-_CHUNK_VALUES = 1 << 19
 _DROPPED = 1e-13
 _LEAST_BEYOND = 1e-3
 _LEAST_SPREAD = 1e-5
@@ -26,67 +27,64 @@ _BAD_GAUGE = 100.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
-    """T_k = u·diag(sigma)·vᵀ (float64, c columns; c may be 0) and what these devices were sent, times its scale·η."""
+    """T_k = u·diag(sigma)·vᵀ (M×d×c, M×c, M×n×c, float64; c may be 0) and what these devices were sent.
+
+    That is sent_gain·sent_b·sent_a (M, M×d×q, M×q×n), sent_gain its scale·η.
+    """
 
     u: Tensor
     sigma: Tensor
     v: Tensor
     sent_b: Tensor
     sent_a: Tensor
-    sent_gain: float
+    sent_gain: Tensor
 
     @property
     def width(self) -> int:
         """c."""
-        return self.sigma.numel()
+        return self.sigma.shape[1]
 
     @property
-    def sent_square(self) -> float:
-        """‖η·sent‖_F²."""
+    def sent_square(self) -> Tensor:
+        """‖η·sent‖_F² (M)."""
         left, right = self.sent_b.double(), self.sent_a.double()
-        return float(((left.mT @ left) * (right @ right.mT)).sum()) * self.sent_gain**2
+        inner = ((left.mT @ left) * (right @ right.mT)).sum(dim=(1, 2))
+        return inner * self.sent_gain.square()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Devices of one rank r with a common tail: factors, p_i and f_i (m, float64)."""
+    """Devices of one rank r with a common tail: factors, p_i and f_i (M×m, float64)."""
 
     tail: Tail
-    b: tuple[Tensor, ...]
-    a: tuple[Tensor, ...]
+    devices: Devices
     share: Tensor
     gain: Tensor
 
 
-def chunks(count: int, rows: int, rank: int) -> list[slice]:
-    """Slices of devices whose factors fit into a few MB together."""
-    size = max(1, _CHUNK_VALUES // (rows * rank))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-def stacked(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """The parts along a new first dimension in `dtype`."""
-    return torch.stack(list(parts)).to(dtype)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grams:
-    """Inner products of devices' factors, float64: BᵀB, AAᵀ (m×r×r), U_TᵀB, V_TᵀAᵀ (m×c×r), ⟨BA, B0A0⟩ (m)."""
+    """Inner products of devices' factors, float64.
+
+    BᵀB, AAᵀ (M×m×r×r), U_TᵀB, V_TᵀAᵀ (M×m×c×r), B0ᵀB (M×m×q×r), ⟨BA, B0A0⟩ (M×m).
+    """
 
     b: Tensor
     a: Tensor
     cross: Tensor
     right: Tensor
+    sent: Tensor
     inner: Tensor
 
-    def replaced(self, rows: Tensor, other: "Grams") -> "Grams":
-        """The same with those of some devices replaced."""
+    def replaced(self, places: tuple[Tensor, Tensor], other: "Grams") -> "Grams":
+        """The same with those of some devices replaced; `other` has them along its first dimension."""
         return Grams(
-            b=self.b.index_copy(0, rows, other.b),
-            a=self.a.index_copy(0, rows, other.a),
-            cross=self.cross.index_copy(0, rows, other.cross),
-            right=self.right.index_copy(0, rows, other.right),
-            inner=self.inner.index_copy(0, rows, other.inner),
+            b=self.b.index_put(places, other.b),
+            a=self.a.index_put(places, other.a),
+            cross=self.cross.index_put(places, other.cross),
+            right=self.right.index_put(places, other.right),
+            sent=self.sent.index_put(places, other.sent),
+            inner=self.inner.index_put(places, other.inner),
         )
 
 
@@ -114,27 +112,25 @@ class Cores:
 
     def trusted(self, gain: Tensor) -> Tensor:
         """Where float32 sums are good enough: a millionth does not matter to what was subtracted or is smallest."""
-        spread = self.values[:, 0] > _LEAST_SPREAD * self.values[:, -1]
+        spread = self.values[..., 0] > _LEAST_SPREAD * self.values[..., -1]
         changed = self.change > _LEAST_CHANGE * (self.product * gain).square()
-        beyond = self.root[:, 0].square() > _LEAST_BEYOND
+        beyond = self.root[..., 0].square() > _LEAST_BEYOND
         return spread & changed & beyond & (self.cancellation() < _BAD_GAUGE)
 
 
 def measured(batch: Batch) -> tuple[Batch, Grams, Cores]:
     """Grams and cores of the devices, and the batch with the bad gauges among them refactored."""
-    grams = _grams(batch, range(len(batch.b)), torch.float32)
+    left, right = _against(batch.tail)
+    grams = _grams(batch.devices.products(left, right), batch.tail.width)
     cores = _cores(batch, grams)
-    doubtful = (~cores.trusted(batch.gain)).nonzero()[:, 0]
-    if doubtful.numel():
-        grams = grams.replaced(doubtful, _grams(batch, doubtful.tolist(), torch.float64))
+    doubtful = _places(~cores.trusted(batch.gain))
+    if doubtful[0].numel():
+        grams = grams.replaced(doubtful, _precisely(batch, doubtful))
         cores = _cores(batch, grams)
-    bad = (cores.cancellation() > _BAD_GAUGE).nonzero()[:, 0]
-    if bad.numel():
-        b, a = list(batch.b), list(batch.a)
-        for i in bad.tolist():
-            b[i], a[i] = _refactored(b[i], a[i])
-        batch = replace(batch, b=tuple(b), a=tuple(a))
-        grams = grams.replaced(bad, _grams(batch, bad.tolist(), torch.float64))
+    bad = _places(cores.cancellation() > _BAD_GAUGE)
+    if bad[0].numel():
+        batch = replace(batch, devices=_refactored(batch.devices, bad))
+        grams = grams.replaced(bad, _precisely(batch, bad))
         cores = _cores(batch, grams)
     return batch, grams, cores
 
@@ -144,64 +140,86 @@ def inverse_root(root: Tensor) -> Tensor:
     return torch.where(root > 0, 1.0 / root.clamp(min=_DROPPED**0.5), 0.0)
 
 
-def _refactored(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Balanced factors of the same product and shape, float32; unused columns are zero."""
-    found = gauge_fix(b, a, 1.0, rank_tol=1e-7)
-    half = found.sigma.sqrt()
-    left = b.new_zeros(b.shape, dtype=torch.float32)
-    right = a.new_zeros(a.shape, dtype=torch.float32)
-    left[:, : half.numel()] = (found.u * half).float()
-    right[: half.numel()] = (found.v * half).mT.float()
-    return left, right
+def _refactored(devices: Devices, places: tuple[Tensor, Tensor]) -> Devices:
+    """The devices with balanced factors of the same products and shapes, float32; unused columns are zero."""
+    modules, members = _as_lists(places)
+    lefts, rights = [], []
+    for module, member in zip(modules, members, strict=True):
+        b, a = devices.picked([module], [member])
+        found = gauge_fix(b[0], a[0], 1.0, rank_tol=1e-7)
+        half = found.sigma.sqrt()
+        left, right = torch.zeros_like(b[0], dtype=torch.float32), torch.zeros_like(a[0], dtype=torch.float32)
+        left[:, : half.numel()] = (found.u * half).float()
+        right[: half.numel()] = (found.v * half).mT.float()
+        lefts.append(left)
+        rights.append(right)
+    return devices.replaced(modules, members, torch.stack(lefts), torch.stack(rights))
 
 
-def _grams(batch: Batch, chosen: Sequence[int], dtype: torch.dtype) -> Grams:
-    tail = batch.tail
-    left = torch.cat([tail.u, tail.sent_b.double()], dim=1).to(dtype)
-    right = torch.cat([tail.v, tail.sent_a.double().mT], dim=1).to(dtype)
-    c, parts = tail.width, []
-    d, r = batch.b[0].shape
-    for part in chunks(len(chosen), max(d, batch.a[0].shape[1]), r):
-        bs = stacked([batch.b[i] for i in chosen[part]], dtype)
-        rows = stacked([batch.a[i] for i in chosen[part]], dtype)
-        on_left, on_right = (left.mT @ bs).double(), (right.mT @ rows.mT).double()
-        parts.append(
-            Grams(
-                b=(bs.mT @ bs).double(),
-                a=(rows @ rows.mT).double(),
-                cross=on_left[:, :c],
-                right=on_right[:, :c],
-                inner=(on_left[:, c:] * on_right[:, c:]).sum(dim=(1, 2)),
-            )
-        )
-    return Grams(
+def _precisely(batch: Batch, places: tuple[Tensor, Tensor]) -> Grams:
+    """Float64 sums for some devices, a few at a time."""
+    left, right = _against(batch.tail)
+    modules, members = _as_lists(places)
+    sizes, parts = batch.devices.shape, []
+    for part in chunks(len(members), max(sizes.d, sizes.n) * (sizes.rank + left.shape[2])):
+        b, a = batch.devices.picked(modules[part], members[part])
+        parts.append(products_of(b.double(), a.double(), left[modules[part]], right[modules[part]]))
+    joined = Products(
         b=torch.cat([p.b for p in parts]),
         a=torch.cat([p.a for p in parts]),
-        cross=torch.cat([p.cross for p in parts]),
+        left=torch.cat([p.left for p in parts]),
         right=torch.cat([p.right for p in parts]),
-        inner=torch.cat([p.inner for p in parts]),
+    )
+    return _grams(joined, batch.tail.width)
+
+
+def _places(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Modules and devices of the true entries (M×m)."""
+    modules, devices = chosen.nonzero(as_tuple=True)
+    return modules, devices
+
+
+def _as_lists(places: tuple[Tensor, Tensor]) -> tuple[list[int], list[int]]:
+    return places[0].tolist(), places[1].tolist()
+
+
+def _against(tail: Tail) -> tuple[Tensor, Tensor]:
+    """[U_T B_0] and [V_T A_0ᵀ], float64: what every device is compared with."""
+    left = torch.cat([tail.u, tail.sent_b.double()], dim=2)
+    return left, torch.cat([tail.v, tail.sent_a.double().mT], dim=2)
+
+
+def _grams(found: Products, c: int) -> Grams:
+    left, right = found.left.double(), found.right.double()
+    return Grams(
+        b=found.b.double(),
+        a=found.a.double(),
+        cross=left[..., :c, :],
+        right=right[..., :c, :],
+        sent=left[..., c:, :],
+        inner=(left[..., c:, :] * right[..., c:, :]).sum(dim=(-2, -1)),
     )
 
 
 def _cores(batch: Batch, grams: Grams) -> Cores:
-    on_b = grams.b.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    on_a = grams.a.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    on_b = grams.b.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    on_a = grams.a.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     norms = torch.where(on_b > 0, on_b, 1.0)
-    cross = grams.cross / norms[:, None]
-    beyond = grams.b / (norms[:, :, None] * norms[:, None, :]) - cross.mT @ cross
+    cross = grams.cross / norms[..., None, :]
+    beyond = grams.b / (norms[..., :, None] * norms[..., None, :]) - cross.mT @ cross
     values, directions = torch.linalg.eigh(beyond)
     root = torch.where(values > _DROPPED, values, 0.0).sqrt()
-    j = _joint(cross, root[:, :, None] * directions.mT)
-    core = j @ _right_gram(batch.tail, grams, norms * batch.gain[:, None]) @ j.mT
+    j = _joint(cross, root[..., :, None] * directions.mT)
+    core = j @ _right_gram(batch.tail, grams, norms * batch.gain[..., None]) @ j.mT
     spectrum, vectors = torch.linalg.eigh((core + core.mT) / 2)
-    squares = (grams.b * grams.a).sum(dim=(1, 2)).clamp(min=0)
+    squares = (grams.b * grams.a).sum(dim=(-2, -1)).clamp(min=0)
     return Cores(
         norms=norms,
         root=root,
         directions=directions,
         values=spectrum,
         vectors=vectors,
-        magnitude=(on_b * on_a).sum(dim=1),
+        magnitude=(on_b * on_a).sum(dim=-1),
         product=squares.sqrt(),
         change=_change(batch, squares * batch.gain.square(), grams.inner),
     )
@@ -209,27 +227,27 @@ def _cores(batch: Batch, grams: Grams) -> Cores:
 
 def _change(batch: Batch, own: Tensor, inner: Tensor) -> Tensor:
     """‖f_iB_iA_i − η·sent‖_F², 0 where nothing but rounding is left."""
-    sent = batch.tail.sent_square
-    change = own + sent - 2 * batch.gain * batch.tail.sent_gain * inner
+    sent = batch.tail.sent_square[:, None]
+    change = own + sent - 2 * batch.gain * batch.tail.sent_gain[:, None] * inner
     return torch.where(change > 1e-14 * (own + sent), change, 0.0)
 
 
 def _joint(cross: Tensor, fold: Tensor) -> Tensor:
-    """J (m×(c+r)×(c+r))."""
-    m, c, r = cross.shape
-    joint = cross.new_zeros((m, c + r, c + r))
-    joint[:, :c, :c] = torch.eye(c, dtype=cross.dtype, device=cross.device)
-    joint[:, :c, c:] = cross
-    joint[:, c:, c:] = fold
+    """J (M×m×(c+r)×(c+r))."""
+    c, r = cross.shape[-2:]
+    joint = cross.new_zeros((*cross.shape[:-2], c + r, c + r))
+    joint[..., :c, :c] = torch.eye(c, dtype=cross.dtype, device=cross.device)
+    joint[..., :c, c:] = cross
+    joint[..., c:, c:] = fold
     return joint
 
 
 def _right_gram(tail: Tail, grams: Grams, factor: Tensor) -> Tensor:
-    """Gram matrix of [Σ_TV_Tᵀ; factor·A] (m×(c+r)×(c+r))."""
-    m, c, r = grams.cross.shape
-    whole = factor.new_zeros((m, c + r, c + r))
-    whole[:, :c, :c] = torch.diag(tail.sigma.square())
-    whole[:, :c, c:] = tail.sigma[:, None] * grams.right * factor[:, None]
-    whole[:, c:, :c] = whole[:, :c, c:].mT
-    whole[:, c:, c:] = grams.a * factor[:, :, None] * factor[:, None, :]
+    """Gram matrix of [Σ_TV_Tᵀ; factor·A] (M×m×(c+r)×(c+r))."""
+    c, r = grams.cross.shape[-2:]
+    whole = factor.new_zeros((*factor.shape[:-1], c + r, c + r))
+    whole[..., :c, :c] = torch.diag_embed(tail.sigma.square())[:, None]
+    whole[..., :c, c:] = tail.sigma[:, None, :, None] * grams.right * factor[..., None, :]
+    whole[..., c:, :c] = whole[..., :c, c:].mT
+    whole[..., c:, c:] = grams.a * factor[..., :, None] * factor[..., None, :]
     return whole

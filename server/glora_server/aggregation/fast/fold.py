@@ -1,19 +1,30 @@
 r"""One round of glora in float32 and less: :math:`S' = U\,(U^\top\Sigma_ip_iX_i)`, U from `span`."""
 
-import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from glora_server.aggregation.factors import ClientUpdate, CompactSvd
-from glora_server.aggregation.fast.intake import Group, VoteRule, read_groups
+from glora_server.aggregation.fast.intake import Group, ModuleRound, VoteRule, module_round, read_groups
 from glora_server.aggregation.fast.span import leading, pays
-from glora_server.aggregation.fast.survey import diagnostics, fold, probe
+from glora_server.aggregation.fast.survey import Survey, fold, images, probe
 from glora_server.aggregation.state import LayerState, state_from_svd
 from glora_server.aggregation.strategies.base import AggregationResult
 
 _FINEST_RANK_TOL = 1e-6
 _ROUNDING = 1e-7
+_STACK_BYTES = 4 << 30
+
+
+def can_do(rule: VoteRule, updates: Sequence[ClientUpdate]) -> bool:
+    """Whether these options and uploads are for `fast_round` at all.
+
+    They are not for float64 uploads, for a rank tolerance below what float64 Gram cores resolve, and for anchors and
+    votes by rank.
+    """
+    plain = not rule.voting.anchor and not rule.voting.rank_normalised
+    return plain and updates[0].b.dtype != torch.float64 and rule.rank_tol >= _FINEST_RANK_TOL
 
 
 def fast_round(
@@ -24,49 +35,79 @@ def fast_round(
     *,
     rank: int,
 ) -> AggregationResult | None:
-    """The next state and its diagnostics; None where the exact computation is to be used instead.
+    """The next state of one module and its diagnostics; None where the exact computation is to be used instead.
 
-    That is for float64 uploads, for a rank tolerance below what float64 Gram cores resolve, and for modules so small
-    beside R that the exact computation is no slower. Beyond the inputs about (3R + 64)·d numbers, a few MB of a chunk
-    and at most 12 MB of a reduced copy are held.
+    That is where `can_do` says so, and for modules so small beside R that the exact computation is no slower. Beyond
+    the inputs about (3R + 64)·d numbers and at most 9 MB of reduced copies are held.
     """
-    voting = rule.voting
-    if updates[0].b.dtype == torch.float64 or rule.rank_tol < _FINEST_RANK_TOL:
+    if not can_do(rule, updates):
         return None
-    if voting.anchor or voting.rank_normalised:
-        return None
-    groups = read_groups(rule, state, updates, weights)
+    found = _computed(rule, [module_round(rule, state, updates, weights)], rank=rank, stack=False)
+    return None if found is None else found[0]
+
+
+def fast_rounds(rule: VoteRule, modules: Sequence[ModuleRound], *, rank: int) -> list[AggregationResult | None]:
+    """The same for many modules, which `can_do`: those of one layout in batches, as a GPU wants it.
+
+    A batch holds at most 4 GiB of float32 factors, twice that with their copies, or a single module.
+    """
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for position, module in enumerate(modules):
+        alike.setdefault(module.layout(), []).append(position)
+    results: list[AggregationResult | None] = [None] * len(modules)
+    for positions in alike.values():
+        size = max(1, _STACK_BYTES // _bytes(modules[positions[0]]))
+        for start in range(0, len(positions), size):
+            chosen = positions[start : start + size]
+            found = _computed(rule, [modules[i] for i in chosen], rank=rank, stack=True)
+            for position, result in zip(chosen, found or (), strict=found is not None):
+                results[position] = result
+    return results
+
+
+def _bytes(module: ModuleRound) -> int:
+    return 4 * sum(update.b.numel() + update.a.numel() for update in module.updates)
+
+
+def _computed(
+    rule: VoteRule, modules: Sequence[ModuleRound], *, rank: int, stack: bool
+) -> list[AggregationResult] | None:
+    groups = read_groups(rule, modules, stack=stack)
     if not pays(groups, rank):
         return None
-    known = state.u if state is not None and state.rank else None
-    span = leading(groups, voting.subspace, rank, start=known)
-    probes = probe(groups, rule)
-    folded = fold(groups, span.basis, probes)
-    inside = folded.inside.double()
-    _, turn = torch.linalg.eigh(inside @ inside.mT)
-    turned = turn.flip(1).mT @ inside
-    sigma = torch.linalg.vector_norm(turned, dim=1)
-    magnitude = math.fsum(float((group.batch.share * group.batch.gain * _magnitudes(group)).sum()) for group in groups)
-    new = state_from_svd(
-        CompactSvd(
-            u=span.basis @ turn.flip(1),
-            sigma=sigma,
-            v=(turned / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)[:, None]).mT,
-        ),
-        rank=rank,
-        dtype=torch.float32,
-        strategy="glora",
-        floor=_ROUNDING * magnitude,
+    probes = probe(groups)
+    known = [None if module.held is None else module.held.u for module in modules]
+    span = leading(groups, rule.voting.subspace, rank, known=known, extra=probes.weighted(groups))
+    probed = images(groups, rule, probes, span.extra)
+    folded = fold(groups, span.basis, probed)
+    states = _states(groups, span.basis, folded.inside.double(), rank=rank)
+    survey = Survey(
+        groups=groups, spectrum=span.spectrum, basis=span.basis, probes=probes, images=probed, folded=folded
     )
-    return AggregationResult(
-        state=new,
-        diagnostics=diagnostics(
-            groups, updates, weights, span=span, probes=probes, folded=folded, previous=state, new=new, rank=rank
-        ),
-    )  # fmt: skip
+    return [
+        AggregationResult(state=state, diagnostics=diagnostics)
+        for state, diagnostics in zip(states, survey.diagnostics(modules, states, rank=rank), strict=True)
+    ]
 
 
-def _magnitudes(group: Group) -> torch.Tensor:
-    """Σ_j‖b_j‖‖a_j‖ of each device: what float32 rounding of its product is relative to."""
-    products = group.gram_b.diagonal(dim1=1, dim2=2) * group.gram_a.diagonal(dim1=1, dim2=2)
-    return products.clamp(min=0).sqrt().sum(dim=1)
+def _states(groups: Sequence[Group], basis: Tensor, inside: Tensor, *, rank: int) -> list[LayerState]:
+    """U·(UᵀM) of each module in its canonical gauge."""
+    _, turn = torch.linalg.eigh(inside @ inside.mT)
+    turned = turn.flip(2).mT @ inside
+    sigma = torch.linalg.vector_norm(turned, dim=2)
+    v = (turned / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)[..., None]).mT
+    u = basis @ turn.flip(2)
+    floors = sum((_ROUNDING * _magnitudes(group) for group in groups), sigma.new_zeros(sigma.shape[0])).tolist()
+    return [
+        state_from_svd(
+            CompactSvd(u=u[i], sigma=sigma[i], v=v[i]), rank=rank, dtype=torch.float32, strategy="glora", floor=floor
+        )
+        for i, floor in enumerate(floors)
+    ]
+
+
+def _magnitudes(group: Group) -> Tensor:
+    """Σ_ip_if_iΣ_j‖b_j‖‖a_j‖ (M): what float32 rounding of the mean is relative to."""
+    products = group.gram_b.diagonal(dim1=-2, dim2=-1) * group.gram_a.diagonal(dim1=-2, dim2=-1)
+    own = products.clamp(min=0).sqrt().sum(dim=-1)
+    return (group.batch.share * group.batch.gain * own).sum(dim=1)

@@ -9,9 +9,10 @@ the same adapter: 0 under `replace`, S under `accumulate`, S − η·sent_k unde
 
 :math:`X_iX_i^\top = Q_iHQ_i^\top` with Q_i = [U_T N_i] orthonormal and :math:`H = J\,G_R\,J^\top`, G_R the Gram matrix
 of the right factors. The eigenvectors of H are X_i's left singular vectors and its eigenvalues σ²; a device's vote
-is :math:`Q_iW_iQ_i^\top`.
+is :math:`Q_iW_iQ_i^\top`. Where B_i is well-conditioned beside U_T, N_i is never made: the vote is
+:math:`[U_T\;B_i]\,J^{-1}W_iJ^{-\top}[U_T\;B_i]^\top`.
 
-Cost O((d + n)·r(r + c)) per device; memory a few devices at a time (`cores`).
+Cost O((d + n)·r(r + c)) per device. Modules (M) come first and devices (m) second in every shape.
 """
 
 from collections.abc import Sequence
@@ -23,13 +24,17 @@ from torch import Tensor
 
 from glora_server.aggregation.factors import ClientUpdate, core_svd
 from glora_server.aggregation.fast.cores import RESOLUTION, Batch, Cores, Tail, inverse_root, measured
+from glora_server.aggregation.fast.devices import Devices, Listed, Units
+from glora_server.aggregation.fast.stacked import Stacked
 from glora_server.aggregation.frame import Block
-from glora_server.aggregation.rules import Rule, sent_adapters
+from glora_server.aggregation.rules import Rule, SentAdapters, sent_adapters
 from glora_server.aggregation.state import LayerState
 from glora_server.aggregation.subspace import Subspace, Voting
 
 _TAIL_ROUNDING = 1e-7
 _PRECISE_BELOW = 1e-3
+_PLAIN_ABOVE = 1.0 / 8
+_PLAIN_NORMS = 1e-12, 1e12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,28 +53,54 @@ class VoteRule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """Devices of one rank r that share a tail; tensors stack them along the first dimension (m), float64.
+class ModuleRound:
+    """One module's round: the state that X_i builds on, the uploads, p_i, what was sent, and who shares a tail.
 
-    `batch`: factors as uploaded or refactored, p_i, f_i; `clients`: their places in the round; `lift` (m×r×r) and
-    `shift` (m×c×r): N_i = B_i·lift − U_T·shift; `fold` (m×r×r), `cross` (m×c×r): B_i = U_T·cross + N_i·fold;
-    `gram_b`, `gram_a` (m×r×r); `vote` (m×(c+r)×(c+r)): p_iW_i; `votes`: how many directions count; `norms` ‖ΔW_i‖ and
-    `changes` ‖D_i‖; `precise`: N_i needs float64.
+    `parts`: for every tail and rank, the position of the sent adapter (None: none, or a zero one) and the devices.
+    """
+
+    state: LayerState | None
+    updates: Sequence[ClientUpdate]
+    weights: Sequence[float]
+    sent: SentAdapters | None
+    parts: tuple[tuple[int | None, tuple[int, ...]], ...]
+
+    @property
+    def held(self) -> LayerState | None:
+        """The state, if it is not zero."""
+        return self.state if self.state is not None and self.state.rank else None
+
+    def layout(self) -> tuple[object, ...]:
+        """Equal for modules that can be computed in one batch."""
+        first = self.updates[0]
+        sent = () if self.sent is None else tuple(block.left.shape[1] for block in self.sent.blocks)
+        ranks = tuple(update.rank for update in self.updates)
+        return first.b.shape[0], first.a.shape[1], first.b.dtype, first.b.device, ranks, sent, self.parts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Devices of one rank r that share a tail, float64.
+
+    `batch`: factors as uploaded or refactored, p_i, f_i; `clients`: their places in the round; `units`: E_i, and N_i by
+    its lift and shift; `fold` (M×m×r×r), `cross` (M×m×c×r): B_i = U_T·cross + N_i·fold; `gram_b`, `gram_a` (M×m×r×r),
+    `gram_sent` (M×m×q×r): BᵀB, AAᵀ, B0ᵀB; `vote` (M×m×(c+r)×(c+r)): p_iW_i in [U_T N_i], `core`: the same in
+    [U_T E_i]; `votes` (M×m): how many directions count; `norms` ‖ΔW_i‖ and `changes` ‖D_i‖ (M×m).
     """
 
     batch: Batch
     clients: tuple[int, ...]
-    lift: Tensor
-    shift: Tensor
+    units: Units
     fold: Tensor
     cross: Tensor
     gram_b: Tensor
     gram_a: Tensor
+    gram_sent: Tensor
     vote: Tensor
-    votes: tuple[int, ...]
+    core: Tensor
+    votes: Tensor
     norms: Tensor
     changes: Tensor
-    precise: bool
 
     @property
     def tail(self) -> Tail:
@@ -77,121 +108,195 @@ class Group:
         return self.batch.tail
 
     @property
+    def devices(self) -> Devices:
+        """The factors."""
+        return self.batch.devices
+
+    @property
     def rank(self) -> int:
         """r."""
         return self.gram_b.shape[-1]
 
     @property
-    def weights(self) -> list[float]:
-        """p_if_i."""
-        weights: list[float] = (self.batch.share * self.batch.gain).tolist()
-        return weights
+    def columns(self) -> int:
+        """How many columns [U_T E_1 … E_m] has."""
+        return self.tail.width + self.gram_b.shape[1] * self.rank
+
+    @property
+    def weights(self) -> Tensor:
+        """p_if_i (M×m×1×1)."""
+        return (self.batch.share * self.batch.gain)[..., None, None]
 
 
-def read_groups(
+def module_round(
     rule: VoteRule, state: LayerState | None, updates: Sequence[ClientUpdate], weights: Sequence[float]
-) -> tuple[Group, ...]:
-    """The devices by tail and rank. Raises MissingSentError."""
+) -> ModuleRound:
+    """The module's devices by tail and rank. Raises MissingSentError."""
     sent = sent_adapters(updates, rule.rule) if rule.rule in {Rule.DELTA, Rule.FROZEN_TAIL} else None
-    held = state if rule.rule is not Rule.REPLACE and state is not None and state.rank else None
     members: dict[tuple[int | None, float, int], list[int]] = {}
     for i, update in enumerate(updates):
         block, scale = sent.of_client[i] if sent is not None else (None, 0.0)
         members.setdefault((block, 0.0 if block is None else scale, update.rank), []).append(i)
-    tails: dict[tuple[int | None, float], Tail] = {}
+    parts = tuple((block, tuple(clients)) for (block, _, _), clients in members.items())
+    return ModuleRound(state=state, updates=updates, weights=weights, sent=sent, parts=parts)
+
+
+def read_groups(rule: VoteRule, modules: Sequence[ModuleRound], *, stack: bool) -> tuple[Group, ...]:
+    """The devices of modules of one layout, by tail and rank; `stack` copies factors side by side, as a GPU wants."""
+    tails: dict[tuple[int | None, tuple[float, ...]], Tail] = {}
     groups = []
-    for (block, scale, _), clients in members.items():
-        if (block, scale) not in tails:
-            adapter = _nothing(updates[0]) if sent is None or block is None else sent.blocks[block]
-            tails[block, scale] = _tail(held, adapter, gain=rule.step * scale)
-        batch = _batch(tails[block, scale], [updates[i] for i in clients], [weights[i] for i in clients], rule.step)
-        groups.append(_group(rule, batch, clients, state))
+    for block, clients in modules[0].parts:
+        scales = tuple(_sent_scale(module, clients[0]) for module in modules)
+        if (block, scales) not in tails:
+            tails[block, scales] = _tail(rule, modules, block, scales)
+        batch = _batch(tails[block, scales], modules, clients, rule.step, stack=stack)
+        groups.append(_group(rule, batch, clients, modules))
     return tuple(groups)
 
 
-def _nothing(like: ClientUpdate) -> Block:
-    return Block(left=like.b[:, :0], right=like.a[:0])
+def _sent_scale(module: ModuleRound, client: int) -> float:
+    if module.sent is None:
+        return 0.0
+    block, scale = module.sent.of_client[client]
+    return 0.0 if block is None else scale
 
 
-def _tail(state: LayerState | None, sent: Block, *, gain: float) -> Tail:
-    """S − gain·sent, cut to what is more than float32 rounding of its terms."""
-    lefts, rights = [sent.left.double() * -gain], [sent.right.double()]
+def _tail(rule: VoteRule, modules: Sequence[ModuleRound], block: int | None, scales: Sequence[float]) -> Tail:
+    """S − η·sent, cut to what is more than float32 rounding of its terms."""
+    adapters = [_sent_block(module, block) for module in modules]
+    gains = [rule.step * scale for scale in scales]
+    sides = [
+        _sides(None if rule.rule is Rule.REPLACE else module.held, adapter, gain)
+        for module, adapter, gain in zip(modules, adapters, gains, strict=True)
+    ]
+    left, right = _padded([side[0] for side in sides]), _padded([side[1] for side in sides])
+    found = core_svd(left, right)
+    terms = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
+    largest = terms.amax(dim=1, keepdim=True) if terms.shape[1] else terms
+    alive = found.sigma > _TAIL_ROUNDING * largest
+    keep = int(alive.sum(dim=1).max()) if terms.shape[1] else 0
+    return Tail(
+        u=(found.u * alive[:, None])[..., :keep],
+        sigma=(found.sigma * alive)[:, :keep],
+        v=(found.v * alive[:, None])[..., :keep],
+        sent_b=torch.stack([adapter.left for adapter in adapters]),
+        sent_a=torch.stack([adapter.right for adapter in adapters]),
+        sent_gain=torch.tensor(gains, dtype=torch.float64, device=left.device),
+    )
+
+
+def _sent_block(module: ModuleRound, block: int | None) -> Block:
+    first = module.updates[0]
+    if module.sent is None or block is None:
+        return Block(left=first.b[:, :0], right=first.a[:0])
+    return module.sent.blocks[block]
+
+
+def _sides(state: LayerState | None, sent: Block, gain: float) -> tuple[Tensor, Tensor]:
+    """L (d×k) and R (n×k) with S − gain·sent = LRᵀ."""
+    lefts, rights = [sent.left.double() * -gain], [sent.right.double().mT]
     if state is not None:
         lefts.append(state.u.double())
-        rights.append(state.a.double())
-    left, right = torch.cat(lefts, dim=1), torch.cat(rights)
-    found = core_svd(left, right.mT)
-    terms = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=1)
-    keep = int((found.sigma > _TAIL_ROUNDING * terms.max()).sum()) if terms.numel() else 0
-    return Tail(
-        u=found.u[:, :keep],
-        sigma=found.sigma[:keep],
-        v=found.v[:, :keep],
-        sent_b=sent.left,
-        sent_a=sent.right,
-        sent_gain=gain,
-    )
+        rights.append(state.a.double().mT)
+    return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)
 
 
-def _batch(tail: Tail, updates: Sequence[ClientUpdate], weights: Sequence[float], step: float) -> Batch:
-    device = updates[0].b.device
+def _padded(parts: Sequence[Tensor]) -> Tensor:
+    """The matrices along a new first dimension, with zero columns where one is narrower."""
+    widest = max(part.shape[1] for part in parts)
+    return torch.stack([torch.nn.functional.pad(part, (0, widest - part.shape[1])) for part in parts])
+
+
+def _batch(tail: Tail, modules: Sequence[ModuleRound], clients: Sequence[int], step: float, *, stack: bool) -> Batch:
+    chosen = [[module.updates[i] for i in clients] for module in modules]
+    bs, rows = [[u.b for u in updates] for updates in chosen], [[u.a for u in updates] for updates in chosen]
     return Batch(
         tail=tail,
-        b=tuple(update.b for update in updates),
-        a=tuple(update.a for update in updates),
-        share=torch.tensor(weights, dtype=torch.float64, device=device),
-        gain=torch.tensor([step * update.scale for update in updates], dtype=torch.float64, device=device),
+        devices=Stacked.of(bs, rows) if stack else Listed(b=tuple(bs[0]), a=tuple(rows[0])),
+        share=_wide([[module.weights[i] for i in clients] for module in modules], like=bs[0][0]),
+        gain=_wide([[step * update.scale for update in updates] for updates in chosen], like=bs[0][0]),
     )
 
 
-def _group(rule: VoteRule, batch: Batch, clients: Sequence[int], state: LayerState | None) -> Group:
+def _wide(values: Sequence[Sequence[float]], *, like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=like.device)
+
+
+def _group(rule: VoteRule, batch: Batch, clients: tuple[int, ...], modules: Sequence[ModuleRound]) -> Group:
     batch, grams, cores = measured(batch)
-    kept = _kept(rule, batch, cores, state)
-    weight = _vote_weights(rule.voting, torch.where(kept, cores.values, 0.0), kept)
-    unit = cores.directions * inverse_root(cores.root)[:, None]
-    alive = torch.where(cores.root > 0, cores.root, torch.inf)
+    kept = _kept(rule, batch, cores, modules)
+    weight = batch.share[..., None] * _vote_weights(rule.voting, torch.where(kept, cores.values, 0.0), kept)
+    vote = (cores.vectors * weight[..., None, :]) @ cores.vectors.mT
+    unit = cores.directions * inverse_root(cores.root)[..., None, :]
+    smallest = torch.where(cores.root > 0, cores.root, torch.inf).amin(dim=-1)
+    units = Units(
+        lift=unit / cores.norms[..., :, None],
+        shift=(grams.cross / cores.norms[..., None, :]) @ unit,
+        u=batch.tail.u,
+        plain=_plain(cores),
+        precise=smallest < _PRECISE_BELOW,
+    )
     return Group(
         batch=batch,
-        clients=tuple(clients),
-        lift=unit / cores.norms[:, :, None],
-        shift=(grams.cross / cores.norms[:, None]) @ unit,
-        fold=cores.root[:, :, None] * cores.directions.mT * cores.norms[:, None],
+        clients=clients,
+        units=units,
+        fold=cores.root[..., :, None] * cores.directions.mT * cores.norms[..., None, :],
         cross=grams.cross,
         gram_b=grams.b,
         gram_a=grams.a,
-        vote=(cores.vectors * (batch.share[:, None] * weight)[:, None]) @ cores.vectors.mT,
-        votes=tuple(kept.sum(dim=1).tolist()),
+        gram_sent=grams.sent,
+        vote=vote,
+        core=torch.where(units.plain[..., None, None], _in_raw(vote, units), vote),
+        votes=kept.sum(dim=-1),
         norms=cores.product * batch.gain / rule.step,
         changes=cores.change.sqrt(),
-        precise=bool((alive.amin(dim=1) < _PRECISE_BELOW).any()),
     )
 
 
-def _kept(rule: VoteRule, batch: Batch, cores: Cores, state: LayerState | None) -> Tensor:
-    """Which eigenvectors of H have a vote (m×(c+r)), by the floor of `subspace.reveal`.
+def _plain(cores: Cores) -> Tensor:
+    """Where B_i can stand for N_i: rounding it then moves what it says by no more than eight times as much."""
+    least, most = _PLAIN_NORMS
+    inside = (cores.norms > least) & (cores.norms < most)  # their inverse squares must not overflow float32
+    return (cores.root[..., 0] > _PLAIN_ABOVE) & inside.all(dim=-1)
+
+
+def _in_raw(vote: Tensor, units: Units) -> Tensor:
+    """J⁻¹·vote·J⁻ᵀ: a vote in [U_T N_i] in terms of [U_T B_i]."""
+    c = units.shift.shape[-2]
+    back = torch.zeros_like(vote)
+    back[..., :c, :c] = torch.eye(c, dtype=vote.dtype, device=vote.device)
+    back[..., :c, c:] = -units.shift
+    back[..., c:, c:] = units.lift
+    raw: Tensor = back @ vote @ back.mT
+    return raw
+
+
+def _kept(rule: VoteRule, batch: Batch, cores: Cores, modules: Sequence[ModuleRound]) -> Tensor:
+    """Which eigenvectors of H have a vote (M×m×(c+r)), by the floor of `subspace.reveal`.
 
     Where `reveal` takes σ_1(D_i) and σ_1(ηΔW_i), this takes the Frobenius norms, which Gram matrices give.
     """
-    top = cores.values[:, -1].clamp(min=0).sqrt()
+    top = cores.values[..., -1].clamp(min=0).sqrt()
     terms, changed = top, top
     if rule.rule is not Rule.REPLACE:
         changed = cores.change.sqrt()
-        held = float(state.sigma[0]) if state is not None and state.rank else 0.0
-        terms = torch.stack([top, changed, cores.product * batch.gain]).amax(dim=0).clamp(min=held)
-    rounding = RESOLUTION * (cores.magnitude * batch.gain + batch.tail.sigma.sum())
+        largest = [float(module.held.sigma[0]) if module.held is not None else 0.0 for module in modules]
+        held = torch.tensor(largest, dtype=top.dtype, device=top.device)[:, None]
+        terms = torch.stack([top, changed, cores.product * batch.gain, held.expand_as(top)]).amax(dim=0)
+    rounding = RESOLUTION * (cores.magnitude * batch.gain + batch.tail.sigma.sum(dim=1, keepdim=True))
     floor = torch.maximum(torch.minimum(rule.rank_tol * terms, changed), rounding)
-    return cores.values.clamp(min=0).sqrt() > floor[:, None]
+    return cores.values.clamp(min=0).sqrt() > floor[..., None]
 
 
 def _vote_weights(voting: Voting, squares: Tensor, kept: Tensor) -> Tensor:
-    """w_ij (m×(c+r)) from σ², 0 where nothing is kept."""
+    """w_ij (M×m×(c+r)) from σ², 0 where nothing is kept."""
     match voting.subspace:
         case Subspace.PROJECTOR:
             return kept.to(squares.dtype)
         case Subspace.RIDGE:
-            unit = squares + voting.ridge_tau**2 * squares.amax(dim=1, keepdim=True)
+            unit = squares + voting.ridge_tau**2 * squares.amax(dim=-1, keepdim=True)
         case Subspace.NORMALISED_ENERGY:
-            unit = squares.sum(dim=1, keepdim=True)
+            unit = squares.sum(dim=-1, keepdim=True)
         case Subspace.ENERGY | Subspace.MEAN:
             return squares
         case _:

@@ -1,23 +1,20 @@
-r"""K, or MMᵀ, applied to a few columns without being formed, some devices at a time.
+r"""K, or MMᵀ, applied to a few columns without being formed.
 
-`VoteOperator`: :math:`Ky = \sum_i Q_i(p_iW_i)Q_i^\top y` with Q_i = [U_T N_i]. The N_i are rebuilt from the uploads in
-each pass, unless a bfloat16 copy of all of them is small. Since the N_i are orthonormal, bfloat16 costs 2^-9 of the
-vote and no more, however the uploads were factored.
+`VoteOperator`: :math:`Ky = \sum_i [U_T\,E_i]\,C_i\,[U_T\,E_i]^\top y`, C_i the devices' cores. In reduced precision
+(the E_i and y in bfloat16, sums in float32) it costs 2^-9 of the votes and no more, however the uploads were
+factored, for the E_i are well-conditioned. `finished` takes coefficients found so back
+through the uploads in float32: what it returns has nothing outside of the space that devices span.
 `MeanOperator`: :math:`MM^\top y`, M = Σp_iX_i, from the factors in float32.
 Cost 4·d·Σr per column, for the mean 4(d + n)·Σr.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.fast.cores import chunks, stacked
 from glora_server.aggregation.fast.intake import Group
-
-_CACHE_BYTES = 12 << 20
 
 
 def low_precision(device: torch.device) -> torch.dtype:
@@ -29,29 +26,18 @@ def low_precision(device: torch.device) -> torch.dtype:
 
 
 class Operator(Protocol):
-    """A symmetric positive semidefinite d×d matrix."""
+    """A symmetric positive semidefinite d×d matrix for each module."""
 
-    def apply(self, columns: Tensor, *, reduced: bool = False) -> Tensor:
-        """The matrix times `columns` (d×k, float32); `reduced`: in the fastest precision."""
+    def apply(self, columns: Tensor) -> Tensor:
+        """The matrix times `columns` (M×d×k, float32), in the fastest precision that does."""
         ...
 
+    def finished(self, columns: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The matrix times `columns`, in its column space to float32, and ΣB_i·extra_i (M×d×l).
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Chunk:
-    """Some devices of a group: `rows` are their N_iᵀ, one below the other ((m·r)×d)."""
-
-    group: int
-    part: slice
-    rows: Tensor
-
-
-def unit_rows(group: Group, part: slice, dtype: torch.dtype) -> Tensor:
-    """N_iᵀ of some devices, (m·r)×d, float32 or float64."""
-    lift, shift = group.lift[part].to(dtype), group.shift[part].to(dtype)
-    rows = lift.mT @ stacked(group.batch.b[part], dtype).mT
-    if group.tail.width:
-        rows -= shift.mT @ group.tail.u.to(dtype).mT
-    return rows.flatten(0, 1)
+        `extra` (M×m×r×l, group by group) rides along, for the factors are read anyway.
+        """
+        ...
 
 
 class VoteOperator:
@@ -61,117 +47,114 @@ class VoteOperator:
     """
 
     def __init__(self, groups: Sequence[Group], *, bounded: bool) -> None:
-        self._groups = groups
+        device = groups[0].tail.u.device
+        self._low = low_precision(device) if bounded else torch.float32
+        self._reduced = self._low != torch.float32
         self._tails = [group.tail.u.float() for group in groups]
-        self._votes = [group.vote.float() for group in groups]
-        self._low = low_precision(groups[0].batch.b[0].device) if bounded else torch.float32
-        values = sum(len(group.batch.b) * group.batch.b[0].numel() for group in groups)
-        self._keeps = values * self._low.itemsize <= _CACHE_BYTES
-        self._kept: list[_Chunk] = []
+        self._cores = [group.core.float() for group in groups]
+        self._columns = [group.devices.columns(group.units, self._low) for group in groups]
+        self._ranks = [group.rank for group in groups]
 
-    def apply(self, columns: Tensor, *, reduced: bool = False) -> Tensor:
+    def apply(self, columns: Tensor) -> Tensor:
         """K·columns."""
-        dtype = self._low if reduced else torch.float32
-        inside = [tail.mT @ columns for tail in self._tails]
-        back = [torch.zeros_like(part) for part in inside]
-        low = columns.to(dtype)
+        low = columns.to(self._low)
         total = torch.zeros_like(columns)
-        for chunk in self._chunks(reduced=reduced):
-            c, r = inside[chunk.group].shape[0], self._groups[chunk.group].rank
-            seen = (chunk.rows @ low).float().view(-1, r, low.shape[1])
-            votes = self._votes[chunk.group][chunk.part]
+        for position, (tail, core) in enumerate(zip(self._tails, self._cores, strict=True)):
+            c, inside = tail.shape[2], (tail.mT @ columns)[:, None]
+            said = torch.zeros_like(inside[:, 0])
+            for part, block in self._columns[position].blocks(reduced=self._reduced):
+                own = self._split(position, _times(block.mT, low).float())
+                answered = core[:, part] @ torch.cat([inside.expand(-1, own.shape[1], -1, -1), own], dim=2)
+                said += answered[..., :c, :].sum(dim=1)
+                total += _times(block, answered[..., c:, :].flatten(1, 2).to(self._low)).float()
             if c:
-                seen = torch.cat([inside[chunk.group].expand(seen.shape[0], -1, -1), seen], dim=1)
-            said = votes @ seen
-            back[chunk.group] += said[:, :c].sum(dim=0)
-            total += (chunk.rows.mT @ said[:, c:].flatten(0, 1).to(dtype)).float()
-        for tail, part in zip(self._tails, back, strict=True):
-            if part.shape[0]:
-                total += tail @ part
+                total += tail @ said
         return total
 
-    def _chunks(self, *, reduced: bool) -> Iterator[_Chunk]:
-        if not reduced or not self._keeps:
-            yield from self._built(self._low if reduced else torch.float32)
-            return
-        if not self._kept:
-            self._kept = self._merged()
-        yield from self._kept
-
-    def _built(self, dtype: torch.dtype) -> Iterator[_Chunk]:
-        for position, group in enumerate(self._groups):
-            build = torch.float64 if group.precise else torch.float32
-            for part in chunks(len(group.batch.b), *group.batch.b[0].shape):
-                yield _Chunk(group=position, part=part, rows=unit_rows(group, part, build).to(dtype))
-
-    def _merged(self) -> list[_Chunk]:
-        """One chunk per group: fewer, larger products."""
-        merged = []
-        for position, group in enumerate(self._groups):
-            rows = group.batch.b[0].new_empty(
-                (len(group.batch.b) * group.rank, group.batch.b[0].shape[0]), dtype=self._low
+    def finished(self, columns: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """K·columns, with EᵀV in the reduced precision and E·(…) in float32; and the extra product."""
+        low, k = columns.to(self._low), columns.shape[2]
+        total = columns.new_zeros((*columns.shape[:2], k + extra[0].shape[3]))
+        for position, (tail, core) in enumerate(zip(self._tails, self._cores, strict=True)):
+            c, inside = tail.shape[2], (tail.mT @ columns)[:, None]
+            own = torch.cat(
+                [
+                    self._split(position, _times(block.mT, low).float())
+                    for _, block in self._columns[position].blocks(reduced=self._reduced)
+                ],
+                dim=1,
             )
-            merged.append(_Chunk(group=position, part=slice(0, len(group.batch.b)), rows=rows))
-        for chunk in self._built(self._low):
-            rank = self._groups[chunk.group].rank
-            merged[chunk.group].rows[chunk.part.start * rank : chunk.part.stop * rank] = chunk.rows
-        return merged
+            answered = core @ torch.cat([inside.expand(-1, own.shape[1], -1, -1), own], dim=2)
+            total += self._columns[position].combined(answered[..., c:, :], extra[position])
+            if c:
+                total[..., :k] += tail @ answered[..., :c, :].sum(dim=1)
+        return total[..., :k], total[..., k:]
+
+    def _split(self, position: int, rows: Tensor) -> Tensor:
+        """M×wr×k as M×w×r×k."""
+        return rows.view(rows.shape[0], -1, self._ranks[position], rows.shape[2])
 
 
 class MeanOperator:
-    """MMᵀ."""
+    """MMᵀ, always in float32: raw factors may be ill-conditioned."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self._groups = groups
+        self._tails = shared_tails(groups)
+        self._columns = [group.devices.columns(group.units, torch.float32) for group in groups]
 
-    def apply(self, columns: Tensor, *, reduced: bool = False) -> Tensor:  # noqa: ARG002 (of the protocol)
-        """M(Mᵀ·columns), always in float32: raw factors may be ill-conditioned."""
-        return times_mean(self._groups, mean_times(self._groups, columns).mT)
+    def apply(self, columns: Tensor) -> Tensor:
+        """M(Mᵀ·columns)."""
+        return self._times(self._transposed(columns), None)[0]
+
+    def finished(self, columns: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same, and the extra product."""
+        return self._times(self._transposed(columns), extra)
+
+    def _transposed(self, columns: Tensor) -> Tensor:
+        rows = columns.mT.contiguous()
+        total = columns.new_zeros(())
+        for group, tail in zip(self._groups, self._tails, strict=True):
+            own = group.devices.right_sum(group.devices.onto(rows) * group.weights.float())
+            total = total + own + tail.left_times(columns)
+        return total.mT
+
+    def _times(self, columns: Tensor, extra: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+        k, total = columns.shape[2], columns.new_zeros(())
+        for position, (group, tail) in enumerate(zip(self._groups, self._tails, strict=True)):
+            seen = group.devices.seen(columns) * group.weights.float()
+            more = seen[..., :0] if extra is None else extra[position]
+            raw = self._columns[position].combined(seen[..., :0], torch.cat([seen, more], dim=-1))
+            total = total + torch.nn.functional.pad(tail.times(columns), (0, more.shape[3])) + raw
+        return total[..., :k], total[..., k:]
 
 
-def mean_times(groups: Sequence[Group], columns: Tensor) -> Tensor:
-    """columnsᵀ·M (k×n), float32, for columns (d×k)."""
-    n = groups[0].batch.a[0].shape[1]
-    total = columns.new_zeros((columns.shape[1], n))
-    for group, tail in zip(groups, shared_tails(groups), strict=True):
-        total += tail.left_times(columns)
-        for b, a, weight in zip(group.batch.b, group.batch.a, group.weights, strict=True):
-            total.addmm_(columns.mT @ b.float(), a.float(), alpha=weight)
-    return total
-
-
-def times_mean(groups: Sequence[Group], columns: Tensor) -> Tensor:
-    """M·columns (d×k), float32, for columns (n×k)."""
-    total = columns.new_zeros((groups[0].batch.b[0].shape[0], columns.shape[1]))
-    for group, tail in zip(groups, shared_tails(groups), strict=True):
-        total += tail.times(columns)
-        for b, a, weight in zip(group.batch.b, group.batch.a, group.weights, strict=True):
-            total.addmm_(b.float(), a.float() @ columns, alpha=weight)
-    return total
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class SharedTail:
     """p_kT_k of a group in float32, p_k the weight of its devices."""
 
-    u: Tensor
-    right: Tensor
+    def __init__(self, group: Group) -> None:
+        tail = group.tail
+        weight = group.batch.share.sum(dim=1)[:, None, None]
+        self.u = tail.u.float()
+        self._right = ((tail.v * tail.sigma[:, None]).mT * weight).float()
 
     def left_times(self, columns: Tensor) -> Tensor:
-        """columnsᵀ·p_kT_k."""
-        return (columns.mT @ self.u) @ self.right
+        """columnsᵀ·p_kT_k (M×k×n)."""
+        return (columns.mT @ self.u) @ self._right
 
     def times(self, columns: Tensor) -> Tensor:
-        """p_kT_k·columns."""
-        return self.u @ (self.right @ columns)
+        """p_kT_k·columns (M×d×k)."""
+        return self.u @ (self._right @ columns)
 
 
 def shared_tails(groups: Sequence[Group]) -> list[SharedTail]:
     """One per group."""
-    return [
-        SharedTail(
-            u=group.tail.u.float(),
-            right=((group.tail.v * group.tail.sigma).mT * group.batch.share.sum()).float(),
-        )
-        for group in groups
-    ]
+    return [SharedTail(group) for group in groups]
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right (M×…); one module goes by the two-dimensional product, which in bfloat16 is ten times faster."""
+    if left.shape[0] == 1:
+        return (left[0] @ right[0])[None]
+    product: Tensor = left @ right
+    return product

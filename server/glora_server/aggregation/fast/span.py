@@ -1,31 +1,36 @@
 r"""The leading R eigenvectors of K.
 
 Few columns (n = Σc + Σr small): all of K in the coordinates of F = [U_T … N_1 … N_m], from FᵀF in float64; exact.
-Many: block Krylov. From an orthonormal start V_0 (the last U_ref and some random columns, or random ones alone)
-:math:`V_{j+1} = \mathrm{orth}((I - VV^\top)KV_j)`, each K·V_j in reduced precision, until the sum of the R largest Ritz
-values :math:`\theta = \mathrm{eig}(V^\top KV)` has, by the way its gains shrink, less than 0.6 % left to gain; then one
-multiplication by K in float32, which damps what the reduced precision left outside of the span and improves Σθ once
-more. For the same number of products with K the Krylov space contains what subspace iteration finds.
+Many: block Krylov. From an orthonormal start V_0 (the last U_ref and K times random columns, or these alone)
+:math:`V_{j+1} = \mathrm{orth}((I - VV^\top)KV_j)`, each K·V_j in reduced precision, until little is left to gain for
+the sum of the R largest Ritz values :math:`\theta = \mathrm{eig}(V^\top KV)`; then one more step that ends in float32,
+which damps what the reduced precision left outside of the devices' space and improves Σθ once more. For the same number
+of products with K the Krylov space contains what subspace iteration finds.
+
+What is left to gain is the smaller of two estimates. *From gains*: they shrink by a steady factor. *From residuals*:
+with r_i = ‖Kv_i − θ_iv_i‖, and nothing outside of the space larger than θ_R, two directions that couple with r_i hold
+at most :math:`\tfrac{\theta_i + \theta_R}{2} + \sqrt{\tfrac{(\theta_i - \theta_R)^2}{4} + r_i^2}`: about
+r_i²/(θ_i − θ_R) more than θ_i where the gap is wide, and r_i where there is none.
 
 Work: about 4·d·Σr·(R + 16) per step against d·n² and 9n³ for the Gram matrix, hence the crossover in `prefers_gram`.
+Modules (M) come first in every shape; a column that a module does not have is zero.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.fast.cores import stacked
+from glora_server.aggregation.fast.devices import unit_columns
 from glora_server.aggregation.fast.intake import Group
-from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, unit_rows
+from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator
 from glora_server.aggregation.subspace import Subspace
 
 _OVERSAMPLING = 16
-_GAIN = 1e-2
-_REMAINING = 6e-3
-_SLOWEST = 0.9
+_REMAINING = 8e-3
+_FASTEST, _FIRST, _SLOWEST = 0.3, 0.5, 0.9
+"""Bounds of the factor by which gains are taken to shrink, and what it is before two gains are known."""
 _MOST_STEPS = 12
 _SQUARED_ROUNDING = 1e-6
 _LOW_ROUNDING = 2.0**-8
@@ -34,178 +39,238 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """`basis` (d×m, m ≤ R, orthonormal, float64) and the falling eigenvalues found, one beyond R where K has it."""
+    """`basis` (M×d×R, float64: orthonormal columns, then zero ones where K has a smaller rank).
+
+    `spectrum` (M×…): the falling eigenvalues found, one beyond R where K has it; `extra`: ΣB_i·extra_i as asked for.
+    """
 
     basis: Tensor
     spectrum: Tensor
+    extra: Tensor
 
 
 def prefers_gram(groups: Sequence[Group], rank: int) -> bool:
     """Whether n is so small that the Gram matrix costs less than three steps."""
-    d = groups[0].batch.b[0].shape[0]
-    n = _columns(groups)
+    d, n = groups[0].devices.shape.d, _columns(groups)
     return n <= rank + _OVERSAMPLING or n * (2 + 9 * n / d) <= 12 * (rank + _OVERSAMPLING)
 
 
 def pays(groups: Sequence[Group], rank: int) -> bool:
     """Whether either method beats the exact one: a Krylov space of nearly d columns would not."""
-    return prefers_gram(groups, rank) or groups[0].batch.b[0].shape[0] >= 4 * (rank + _OVERSAMPLING)
+    return prefers_gram(groups, rank) or groups[0].devices.shape.d >= 4 * (rank + _OVERSAMPLING)
 
 
-def leading(groups: Sequence[Group], subspace: Subspace, rank: int, *, start: Tensor | None) -> Span:
-    """TopEig_R(K); `start` (d×k, orthonormal) is where the space was in the last round."""
+def leading(
+    groups: Sequence[Group],
+    subspace: Subspace,
+    rank: int,
+    *,
+    known: Sequence[Tensor | None],
+    extra: Sequence[Tensor],
+) -> Span:
+    """TopEig_R(K); `known` (d×k, orthonormal) is where each module's space was in the last round."""
     if prefers_gram(groups, rank):
-        return _by_gram(groups, subspace, rank)
+        return _by_gram(groups, subspace, rank, extra)
     bounded = subspace in {Subspace.PROJECTOR, Subspace.RIDGE}
     operator: Operator = MeanOperator(groups) if subspace is Subspace.MEAN else VoteOperator(groups, bounded=bounded)
     floor = _LOW_ROUNDING if bounded else _ROUNDING
-    return _by_krylov(operator, _start(groups, rank, start), rank, floor=floor)
+    krylov = _Krylov(operator, rank, floor=floor)
+    rough, values = krylov.run(_start(operator, groups, rank, known))
+    image, more = operator.finished(rough, extra)
+    return Span(basis=_orthonormal_image(image), spectrum=values, extra=more)
 
 
 def _columns(groups: Sequence[Group]) -> int:
-    return sum(group.tail.width + len(group.batch.b) * group.rank for group in groups)
+    return sum(group.columns for group in groups)
 
 
-def _start(groups: Sequence[Group], rank: int, known: Tensor | None) -> Tensor:
-    like = groups[0].batch.b[0]
-    held = 0 if known is None else min(known.shape[1], rank)
+def _start(operator: Operator, groups: Sequence[Group], rank: int, known: Sequence[Tensor | None]) -> Tensor:
+    """What is known of each module's space, and K times random columns (M×d×(R + 16)).
+
+    Nothing in it depends on a gauge or on the order of the devices.
+    """
+    sizes = groups[0].devices.shape
+    held = min(rank, *(0 if u is None else u.shape[1] for u in known))
     # Drawn on the CPU whatever the device, so that every machine starts from the same columns.
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randn((like.shape[0], rank + _OVERSAMPLING - held), generator=generator).to(like.device)
-    return drawn if known is None else torch.cat([known[:, :held].float(), drawn], dim=1)
+    drawn = torch.randn((sizes.d, rank + _OVERSAMPLING - held), generator=torch.Generator().manual_seed(0))
+    mixed = operator.apply(drawn.to(groups[0].core.device).expand(sizes.modules, -1, -1))
+    if not held:
+        return mixed
+    # K shrinks columns, and what orthonormalisation drops is relative to the largest one.
+    mixed = mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True).clamp(min=torch.finfo(mixed.dtype).tiny)
+    return torch.cat([torch.stack([u[:, :held].float() for u in known if u is not None]), mixed], dim=2)
 
 
-def _by_krylov(operator: Operator, start: Tensor, rank: int, *, floor: float) -> Span:
-    block = orthonormal(start)
-    basis = start[:, :0]
-    core = torch.zeros((0, 0), dtype=torch.float64, device=start.device)
-    converged = _Convergence(rank)
-    while True:
-        basis = torch.cat([basis, block], dim=1)
-        image = operator.apply(block, reduced=True)
-        core = _bordered(core, (basis.mT @ image).double())
-        values, vectors = torch.linalg.eigh(core)
-        if converged(values.flip(0)) or basis.shape[1] + block.shape[1] > basis.shape[0]:
-            break
-        block = _next_block(basis, image, floor=floor * float(values[-1]))
-        if block.shape[1] == 0:
-            break
-    rough = basis @ vectors.flip(1)[:, :rank].float()
-    return _polished(operator, rough, beyond=values.flip(0)[rank : rank + 1].clamp(min=0))
+class _Krylov:
+    """The block Krylov iteration; `floor`: rounding of the operator relative to its largest eigenvalue."""
+
+    def __init__(self, operator: Operator, rank: int, *, floor: float) -> None:
+        self._operator = operator
+        self._rank = rank
+        self._floor = floor
+
+    def run(self, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Ritz vectors (M×d×R) and the falling Ritz values, R + 1 of them."""
+        block = orthonormal(start)
+        basis, core = start[..., :0], start.new_zeros((start.shape[0], 0, 0), dtype=torch.float64)
+        converged = _Convergence(self._rank)
+        while True:
+            basis = torch.cat([basis, block], dim=2)
+            image = self._operator.apply(block)
+            inside = basis.mT @ image
+            core = _bordered(core, inside.double())
+            values, vectors = torch.linalg.eigh(core)
+            values, vectors = values.flip(1).clamp(min=0), vectors.flip(2)
+            rest = image - basis @ inside
+            coupled = vectors[:, -block.shape[2] :, : self._rank]
+            if converged(values, _lengths(rest, coupled)) or basis.shape[2] + block.shape[2] > basis.shape[1]:
+                break
+            block = orthonormal(rest, floor=self._floor * values[:, 0], outside=basis)
+            if not bool(block.any()):
+                break
+        return basis @ vectors[..., : self._rank].float(), values[:, : self._rank + 1]
+
+
+def _lengths(rest: Tensor, coupled: Tensor) -> Tensor:
+    """‖rest·coupled‖ of each column (M×R), from the Gram matrix of `rest`."""
+    gram = (rest.mT @ rest).double()
+    return (coupled * (gram @ coupled)).sum(dim=1).clamp(min=0).sqrt()
 
 
 class _Convergence:
-    """Whether Σθ over the leading R is within about `_REMAINING` of its limit, from how its gains shrink."""
+    """Whether Σθ over the leading R is within about `_REMAINING` of its limit in every module."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._steps = 0
-        self._found = 0.0
-        self._gain = math.inf
+        self._found: Tensor | None = None
+        self._gain: Tensor | None = None
 
-    def __call__(self, values: Tensor) -> bool:
-        """Take in the falling Ritz values of one more step."""
+    def __call__(self, values: Tensor, residuals: Tensor) -> bool:
+        """Take in the falling Ritz values (M×…) and the residuals (M×R) of one more step."""
         self._steps += 1
-        found = float(values[: self._rank].clamp(min=0).sum())
-        gain = found - self._found
-        ratio = min(max(gain, 0.0) / self._gain, _SLOWEST) if self._gain > 0 else 0.0
-        self._found, self._gain = found, gain
-        if self._steps == _MOST_STEPS or gain <= _REMAINING * found:
-            return True
-        return gain <= _GAIN * found and gain * ratio / (1 - ratio) <= _REMAINING * found
+        leading = values[:, : self._rank]
+        found = leading.sum(dim=1)
+        left = _by_residuals(leading, residuals[:, : leading.shape[1]])
+        if self._found is not None:
+            gain = (found - self._found).clamp(min=0)
+            ratio = torch.full_like(gain, _FIRST)
+            if self._gain is not None:
+                ratio = (gain / self._gain.clamp(min=torch.finfo(gain.dtype).tiny)).clamp(_FASTEST, _SLOWEST)
+            left = torch.minimum(left, gain * ratio / (1 - ratio))
+            self._gain = gain
+        self._found = found
+        return self._steps == _MOST_STEPS or bool((left <= _REMAINING * found).all())
+
+
+def _by_residuals(values: Tensor, residuals: Tensor) -> Tensor:
+    """The second estimate of the module's head (M)."""
+    half = (values - values[:, -1:]) / 2
+    return (torch.hypot(half, residuals) - half).sum(dim=1)
 
 
 def _bordered(core: Tensor, last: Tensor) -> Tensor:
     """VᵀKV (symmetric) from that of the earlier columns and its last columns."""
-    old, width = core.shape[0], last.shape[0]
-    grown = core.new_zeros((width, width))
-    grown[:old, :old] = core
-    grown[:, old:] = last
-    grown[old:, :old] = last[:old].mT
-    grown[old:, old:] = (last[old:] + last[old:].mT) / 2
+    old, width = core.shape[1], last.shape[1]
+    grown = core.new_zeros((core.shape[0], width, width))
+    grown[:, :old, :old] = core
+    grown[:, :, old:] = last
+    grown[:, old:, :old] = last[:, :old].mT
+    grown[:, old:, old:] = (last[:, old:] + last[:, old:].mT) / 2
     return grown
 
 
-def _next_block(basis: Tensor, image: Tensor, *, floor: float) -> Tensor:
-    """Orthonormal columns of what K's image has outside of the basis, beyond rounding; may have none."""
-    rest = image - basis @ (basis.mT @ image)
-    return orthonormal(rest, floor=floor, outside=basis)
-
-
-def orthonormal(columns: Tensor, *, floor: float = 0.0, outside: Tensor | None = None) -> Tensor:
-    """Orthonormal basis (float32) of the directions of `columns` (d×k) above `floor` and above rounding.
+def orthonormal(columns: Tensor, *, floor: Tensor | None = None, outside: Tensor | None = None) -> Tensor:
+    """Orthonormal basis (float32) of the directions of `columns` (M×d×k) above `floor` (M) and above rounding.
 
     By Gram matrices, twice, so that the second one is well-conditioned; in between, what rounding left of `outside`
-    is taken away.
+    is taken away. Directions that are not above it leave zero columns, first.
     """
     for step in range(2):
         values, vectors = torch.linalg.eigh((columns.mT @ columns).double())
-        least = max(_SQUARED_ROUNDING * float(values[-1]), floor**2) if step == 0 else 0.0
-        alive = values > least
-        columns = columns @ (vectors[:, alive] / values[alive].sqrt()).float()
+        least = _SQUARED_ROUNDING * values[:, -1:]
+        if step == 0 and floor is not None:
+            least = torch.maximum(least, floor.square()[:, None])
+        columns = columns @ _inverse_roots(values, vectors, least).float()
         if outside is not None and step == 0:
             columns = columns - outside @ (outside.mT @ columns)
     return columns
 
 
-def _polished(operator: Operator, rough: Tensor, *, beyond: Tensor) -> Span:
-    """One power step in float32, and the Ritz values of `rough`, to which the step is an upper refinement."""
-    image = operator.apply(rough)
-    core = rough.double().mT @ image.double()
-    values = torch.linalg.eigvalsh((core + core.mT) / 2).flip(0).clamp(min=0)
+def _inverse_roots(values: Tensor, vectors: Tensor, least: Tensor) -> Tensor:
+    """vectors/√values, zero where the value is not above `least`."""
+    alive = values > least
+    return vectors * torch.where(alive, values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt(), 0.0)[:, None]
+
+
+def _orthonormal_image(image: Tensor) -> Tensor:
+    """Orthonormal basis (M×d×R, float64) of the columns, zero columns last."""
     wide = image.double()
-    squares, vectors = torch.linalg.eigh(wide.mT @ wide)
-    alive = squares > 1e-13 * squares[-1]
-    basis = wide @ (vectors[:, alive] / squares[alive].sqrt())
-    return Span(basis=basis.flip(1), spectrum=torch.cat([values, beyond.double()]))
+    values, vectors = torch.linalg.eigh(wide.mT @ wide)
+    basis: Tensor = wide @ _inverse_roots(values, vectors, 1e-13 * values[:, -1:])
+    return basis.flip(2)
 
 
-def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int) -> Span:
+def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int, extra: Sequence[Tensor]) -> Span:
     frame = _frame(groups)
     core = _mean_core(groups) if subspace is Subspace.MEAN else _vote_core(groups)
-    squares, vectors = torch.linalg.eigh(frame @ frame.mT)
-    alive = squares > 1e-13 * squares[-1]
-    root, turn = squares[alive].sqrt(), vectors[:, alive]
-    inside = root[:, None] * (turn.mT @ core @ turn) * root
+    squares, turn = torch.linalg.eigh(frame @ frame.mT)
+    alive = squares > 1e-13 * squares[:, -1:]
+    root = torch.where(alive, squares, 0.0).sqrt()
+    inside = root[..., None] * (turn.mT @ core @ turn) * root[:, None]
     values, ritz = torch.linalg.eigh((inside + inside.mT) / 2)
-    values, ritz = values.flip(0).clamp(min=0), ritz.flip(1)
-    keep = min(rank, int((values > 1e-13 * values[:1]).sum()))
-    basis = frame.mT @ (turn @ (ritz[:, :keep] / root[:, None]))
-    return Span(basis=basis, spectrum=values)
+    values, ritz = values.flip(1).clamp(min=0), ritz.flip(2)[..., :rank]
+    ritz = ritz * (values[:, :rank] > 1e-13 * values[:, :1])[:, None]
+    back = _inverse_roots(squares, turn, 1e-13 * squares[:, -1:])
+    more = [
+        group.devices.columns(group.units, torch.float32).combined(part[..., :0], part)
+        for group, part in zip(groups, extra, strict=True)
+    ]
+    return Span(basis=frame.mT @ (back @ ritz), spectrum=values, extra=torch.stack(more).sum(dim=0))
 
 
 def _frame(groups: Sequence[Group]) -> Tensor:
-    """Fᵀ (n×d), float64, group by group: U_Tᵀ, then the N_iᵀ."""
+    """Fᵀ (M×n×d), float64, group by group: U_Tᵀ, then the N_iᵀ."""
     parts = []
     for group in groups:
-        parts += [group.tail.u.mT, unit_rows(group, slice(0, len(group.batch.b)), torch.float64)]
-    return torch.cat(parts)
+        sizes, units = group.devices.shape, group.units
+        places = [(module, i) for module in range(sizes.modules) for i in range(sizes.devices)]
+        b, _ = group.devices.picked([place[0] for place in places], [place[1] for place in places])
+        wide = b.view(sizes.modules, sizes.devices, sizes.d, sizes.rank)
+        made = unit_columns(wide, units.lift, units.shift, units.u[:, None], precise=True)
+        parts += [group.tail.u.mT, made.mT.flatten(1, 2)]
+    return torch.cat(parts, dim=1)
 
 
 def _vote_core(groups: Sequence[Group]) -> Tensor:
-    """Σ_i of the votes in coordinates of F (n×n)."""
-    core = groups[0].vote.new_zeros((_columns(groups),) * 2)
+    """Σ_i of the votes in coordinates of F (M×n×n)."""
+    size = _columns(groups)
+    core = groups[0].vote.new_zeros((groups[0].vote.shape[0], size, size))
     at = 0
     for group in groups:
         c, r = group.tail.width, group.rank
         shared = slice(at, at + c)
-        for j, vote in enumerate(group.vote):
+        for j, vote in enumerate(group.vote.unbind(dim=1)):
             own = slice(at + c + j * r, at + c + (j + 1) * r)
-            core[shared, shared] += vote[:c, :c]
-            core[shared, own] = vote[:c, c:]
-            core[own, shared] = vote[c:, :c]
-            core[own, own] = vote[c:, c:]
-        at += c + len(group.batch.b) * r
+            core[:, shared, shared] += vote[:, :c, :c]
+            core[:, shared, own] = vote[:, :c, c:]
+            core[:, own, shared] = vote[:, c:, :c]
+            core[:, own, own] = vote[:, c:, c:]
+        at = own.stop
     return core
 
 
 def _mean_core(groups: Sequence[Group]) -> Tensor:
-    """YYᵀ (n×n) with M = F·Y."""
+    """YYᵀ (M×n×n) with M = F·Y."""
     parts = []
     for group in groups:
-        weighted = (group.batch.share * group.batch.gain)[:, None, None] * stacked(group.batch.a, torch.float64)
-        on_tail = (group.tail.v * group.tail.sigma).mT * group.batch.share.sum() + (group.cross @ weighted).sum(dim=0)
-        parts += [on_tail, (group.fold @ weighted).flatten(0, 1)]
-    right = torch.cat(parts)
+        tail, share = group.tail, group.batch.share.sum(dim=1)[:, None, None]
+        sizes = group.devices.shape
+        places = [(module, i) for module in range(sizes.modules) for i in range(sizes.devices)]
+        _, a = group.devices.picked([place[0] for place in places], [place[1] for place in places])
+        weighted = group.weights * a.view(sizes.modules, sizes.devices, sizes.rank, sizes.n).double()
+        on_tail = (tail.v * tail.sigma[:, None]).mT * share + (group.cross @ weighted).sum(dim=1)
+        parts += [on_tail, (group.fold @ weighted).flatten(1, 2)]
+    right = torch.cat(parts, dim=1)
     core: Tensor = right @ right.mT
     return core

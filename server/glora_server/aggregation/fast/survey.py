@@ -4,6 +4,7 @@ Norms, captures and votes come from the Gram cores. What would need all Σr² in
 cosines to the mean) is estimated with k = 16 Gaussian probes Ω (n×k) from one fixed seed: ⟨X, Y⟩ ≈ ⟨XΩ, YΩ⟩/k, with a
 relative spread of about √(2/(k·rank)) of a norm, and ‖M‖² = ‖S'‖² + ‖(I − P)M‖², of which only the second term is
 estimated: a round that loses nothing shows exactly that. The probes see products only, so nothing depends on a gauge.
+All but A_iΩ rides along with passes that the round makes anyway.
 """
 
 import math
@@ -14,10 +15,8 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.diagnostics import ClientDiagnostics, Diagnostics, coverage, principal_angles
-from glora_server.aggregation.factors import ClientUpdate
-from glora_server.aggregation.fast.intake import Group, VoteRule
+from glora_server.aggregation.fast.intake import Group, ModuleRound, VoteRule
 from glora_server.aggregation.fast.operator import shared_tails
-from glora_server.aggregation.fast.span import Span
 from glora_server.aggregation.rules import Rule
 from glora_server.aggregation.state import LayerState
 
@@ -26,149 +25,184 @@ _PROBES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probes:
-    """Ω (n×k) and its images: Σp_iΔW_iΩ, Σp_iD_iΩ, M·Ω (d×k), and A_iΩ (r×k) of each device, group by group."""
+    """Ω (n×k), and A_iΩ (M×m×r×k) of each device, group by group."""
+
+    omega: Tensor
+    seen: tuple[Tensor, ...]
+
+    def weighted(self, groups: Sequence[Group]) -> list[Tensor]:
+        """p_if_iA_iΩ: ΣB_i times these is the mean of the uploads, probed."""
+        return [seen * group.weights.float() for group, seen in zip(groups, self.seen, strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Images:
+    """Σp_iΔW_iΩ, Σp_iD_iΩ, M·Ω (M×d×k), and η·sent·Ω of each group; `changes` is `updates` under replace."""
 
     updates: Tensor
     changes: Tensor
     mean: Tensor
-    seen: tuple[tuple[Tensor, ...], ...]
     sent: tuple[Tensor, ...]
+
+    @property
+    def distinct(self) -> list[Tensor]:
+        """Updates and changes, once where they are one."""
+        return [self.updates] if self.changes is self.updates else [self.updates, self.changes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Folded:
-    """UᵀM (R×n), and per group the UᵀB_i (m×R×r) and B_iᵀ[Σp ΔWΩ, Σp DΩ] (m×r×2k, or k where the two are one)."""
+    """UᵀM (M×R×n), and per group the UᵀB_i (M×m×R×r) and [Σp ΔWΩ, Σp DΩ]ᵀB_i (M×m×2k×r, or k where the two are one)."""
 
     inside: Tensor
     projected: tuple[Tensor, ...]
     probed: tuple[Tensor, ...]
 
 
-def probe(groups: Sequence[Group], rule: VoteRule) -> Probes:
-    """One pass over all factors with k columns."""
-    like = groups[0].batch.a[0]
+def probe(groups: Sequence[Group]) -> Probes:
+    """One pass over the right factors with k columns."""
+    sizes = groups[0].devices.shape
     generator = torch.Generator().manual_seed(1)
-    omega = torch.randn((like.shape[1], _PROBES), generator=generator).to(like.device)
-    raw = omega.new_zeros((groups[0].batch.b[0].shape[0], _PROBES))
-    tails, sents, seen, sent = torch.zeros_like(raw), torch.zeros_like(raw), [], []
+    omega = torch.randn((sizes.n, _PROBES), generator=generator).to(groups[0].tail.u.device)
+    wide = omega.expand(sizes.modules, -1, -1)
+    return Probes(omega=omega, seen=tuple(group.devices.seen(wide) for group in groups))
+
+
+def images(groups: Sequence[Group], rule: VoteRule, probes: Probes, raw: Tensor) -> Images:
+    """The probed means; `raw` = Σp_if_iB_iA_iΩ."""
+    wide = probes.omega.expand(raw.shape[0], -1, -1)
+    tails, sents, sent = torch.zeros_like(raw), torch.zeros_like(raw), []
     for group, tail in zip(groups, shared_tails(groups), strict=True):
-        own = tuple(a.float() @ omega for a in group.batch.a)
-        for b, part, weight in zip(group.batch.b, own, group.weights, strict=True):
-            raw.addmm_(b.float(), part, alpha=weight)
-        tails += tail.times(omega)
-        held = group.tail.sent_b.float() @ (group.tail.sent_a.float() @ omega) * group.tail.sent_gain
-        sents += held * float(group.batch.share.sum())
-        seen.append(own)
-        sent.append(held)
-    mean_update = raw / rule.step
+        tails += tail.times(wide)
+        held = group.tail.sent_b.float() @ (group.tail.sent_a.float() @ wide) * group.tail.sent_gain[:, None, None]
+        sent.append(held.float())
+        sents += sent[-1] * group.batch.share.sum(dim=1).float()[:, None, None]
+    updates = raw / rule.step
     # Under replace the change is the update; else D = ηΔW − η·sent, and X = T + ηΔW.
-    return Probes(
-        updates=mean_update,
-        changes=mean_update if rule.rule is Rule.REPLACE else raw - sents,
-        mean=raw + tails,
-        seen=tuple(seen),
-        sent=tuple(sent),
-    )
+    changes = updates if rule.rule is Rule.REPLACE else raw - sents
+    return Images(updates=updates, changes=changes, mean=raw + tails, sent=tuple(sent))
 
 
-def fold(groups: Sequence[Group], basis: Tensor, probes: Probes) -> Folded:
+def fold(groups: Sequence[Group], basis: Tensor, probed: Images) -> Folded:
     """The last pass over all factors: UᵀM, and what the diagnostics need of it."""
     narrow = basis.float()
-    probed_by = [probes.updates] if probes.changes is probes.updates else [probes.updates, probes.changes]
-    wide = torch.cat([narrow, *probed_by], dim=1).mT.contiguous()
-    inside = narrow.new_zeros((narrow.shape[1], groups[0].batch.a[0].shape[1]))
-    m, projected, probed = narrow.shape[1], [], []
+    rows = torch.cat([narrow, *probed.distinct], dim=2).mT.contiguous()
+    inside, k = narrow.new_zeros(()), narrow.shape[2]
+    projected, others = [], []
     for group, tail in zip(groups, shared_tails(groups), strict=True):
-        inside += tail.left_times(narrow)
-        onto = torch.stack([wide @ b.float() for b in group.batch.b])
-        for part, a, weight in zip(onto[:, :m], group.batch.a, group.weights, strict=True):
-            inside.addmm_(part, a.float(), alpha=weight)
-        projected.append(onto[:, :m])
-        probed.append(onto[:, m:].mT)
-    return Folded(inside=inside, projected=tuple(projected), probed=tuple(probed))
+        onto = group.devices.onto(rows)
+        inside = inside + tail.left_times(narrow) + group.devices.right_sum(onto[:, :, :k] * group.weights.float())
+        projected.append(onto[:, :, :k])
+        others.append(onto[:, :, k:])
+    return Folded(inside=inside, projected=tuple(projected), probed=tuple(others))
 
 
-def diagnostics(
-    groups: Sequence[Group],
-    updates: Sequence[ClientUpdate],
-    weights: Sequence[float],
-    *,
-    span: Span,
-    probes: Probes,
-    folded: Folded,
-    previous: LayerState | None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """A round of some modules, from which each one's diagnostics are taken."""
+
+    groups: tuple[Group, ...]
+    spectrum: Tensor
+    basis: Tensor
+    probes: Probes
+    images: Images
+    folded: Folded
+
+    def diagnostics(
+        self, modules: Sequence[ModuleRound], states: Sequence[LayerState], *, rank: int
+    ) -> list[Diagnostics]:
+        """The record of `diagnostics.Diagnostics` for each module, with the estimates named above."""
+        inside = torch.linalg.matrix_norm(self.folded.inside.double()).tolist()
+        narrow = self.basis.float()
+        rest = self.images.mean - narrow @ (narrow.mT @ self.images.mean)
+        outside = (torch.linalg.matrix_norm(rest.double()) / math.sqrt(_PROBES)).tolist()
+        clients = [_clients(group, self, position) for position, group in enumerate(self.groups)]
+        found = []
+        for position, (module, new) in enumerate(zip(modules, states, strict=True)):
+            records = {
+                client: record
+                for group, of_modules in zip(self.groups, clients, strict=True)
+                for client, record in zip(group.clients, of_modules[position], strict=True)
+            }
+            ordered = tuple(records[i] for i in range(len(module.updates)))
+            held, lost = inside[position], outside[position]
+            lost = 0.0 if lost <= 1e-6 * held else lost  # float32 rounding of the probes
+            spectrum = self.spectrum[position].tolist()
+            found.append(_record(module, new, ordered, spectrum, inside=held, outside=lost, rank=rank))
+        return found
+
+
+def _record(
+    module: ModuleRound,
     new: LayerState,
+    clients: tuple[ClientDiagnostics, ...],
+    spectrum: Sequence[float],
+    *,
+    inside: float,
+    outside: float,
     rank: int,
 ) -> Diagnostics:
-    """The record of `diagnostics.Diagnostics`, with the estimates named above."""
-    basis = span.basis.float()
-    inside = float(torch.linalg.matrix_norm(folded.inside.double()))
-    rest = probes.mean - basis @ (basis.mT @ probes.mean)
-    outside = float(torch.linalg.matrix_norm(rest.double())) / math.sqrt(_PROBES)
-    if outside <= 1e-6 * inside:  # float32 rounding of the probes
-        outside = 0.0
     mean_norm = math.hypot(inside, outside)
-    spectrum = [*span.spectrum[: rank + 1].tolist(), 0.0, 0.0]
-    records = {
-        client: record
-        for position, group in enumerate(groups)
-        for client, record in zip(group.clients, _clients(group, probes, folded, position), strict=True)
-    }
+    padded = [*spectrum[: rank + 1], 0.0, 0.0]
     return Diagnostics(
-        eigenvalues=tuple(span.spectrum[:rank].tolist()),
-        eigengap=spectrum[rank - 1] - spectrum[rank] if rank <= span.spectrum.numel() else 0.0,
+        eigenvalues=tuple(spectrum[:rank]),
+        eigengap=padded[rank - 1] - padded[rank] if rank <= len(spectrum) else 0.0,
         sigma=tuple(new.sigma.tolist()),
         mean_norm=mean_norm,
         captured_energy=(inside / mean_norm) ** 2 if mean_norm else 1.0,
         truncation_error=outside / mean_norm if mean_norm else 0.0,
-        coverage=coverage(updates, weights, rank),
-        clients=tuple(records[i] for i in range(len(updates))),
-        angles=principal_angles(previous, new),
+        coverage=coverage(module.updates, module.weights, rank),
+        clients=clients,
+        angles=principal_angles(module.state, new),
     )
 
 
-def _clients(group: Group, probes: Probes, folded: Folded, position: int) -> list[ClientDiagnostics]:
-    onto = folded.projected[position].double()
-    products = (group.gram_b * group.gram_a).sum(dim=(1, 2)).clamp(min=0)
-    caught = ((onto.mT @ onto) * group.gram_a).sum(dim=(1, 2)).clamp(min=0)
+def _clients(group: Group, survey: Survey, position: int) -> list[list[ClientDiagnostics]]:
+    onto = survey.folded.projected[position].double()
+    products = (group.gram_b * group.gram_a).sum(dim=(-2, -1)).clamp(min=0)
+    caught = ((onto.mT @ onto) * group.gram_a).sum(dim=(-2, -1)).clamp(min=0)
     capture = torch.where(products > 0, (caught / products).sqrt().clamp(max=1.0), 1.0)
-    cosines, change_cosines = _cosines(group, probes, folded.probed[position], position)
+    cosines, change_cosines = _cosines(group, survey, position)
+    columns = (group.batch.share, group.votes, group.norms, group.changes, cosines, change_cosines, capture)
     return [
-        ClientDiagnostics(
-            rank=group.rank,
-            share=share,
-            votes=votes,
-            update_norm=norm,
-            change_norm=change,
-            cosine=cosine if norm else 0.0,
-            change_cosine=change_cosine if change else 0.0,
-            capture=held,
-        )
-        for share, votes, norm, change, cosine, change_cosine, held in zip(
-            group.batch.share.tolist(), group.votes, group.norms.tolist(), group.changes.tolist(),
-            cosines, change_cosines, capture.tolist(), strict=True,
-        )
-    ]  # fmt: skip
+        [
+            ClientDiagnostics(
+                rank=group.rank,
+                share=share,
+                votes=votes,
+                update_norm=norm,
+                change_norm=change,
+                cosine=cosine if norm else 0.0,
+                change_cosine=change_cosine if change else 0.0,
+                capture=held,
+            )
+            for share, votes, norm, change, cosine, change_cosine, held in zip(*rows, strict=True)
+        ]
+        for rows in zip(*(column.tolist() for column in columns), strict=True)
+    ]
 
 
-def _cosines(group: Group, probes: Probes, probed: Tensor, position: int) -> tuple[list[float], list[float]]:
-    """Of ΔW_i to their mean and of D_i to theirs, between the probed images."""
-    seen = torch.stack(probes.seen[position]).double()
-    sent, k = probes.sent[position].double(), _PROBES
-    to_updates = (seen * probed[..., :k].double()).sum(dim=(1, 2))
-    own = (seen * (group.gram_b @ seen)).sum(dim=(1, 2)).clamp(min=0)
-    to_changes = group.batch.gain * (seen * probed[..., -k:].double()).sum(dim=(1, 2)) - (sent * probes.changes).sum()
-    changed = own * group.batch.gain.square()
-    if bool(sent.any()):
-        with_sent = torch.stack([(b.double() @ s * sent).sum() for b, s in zip(group.batch.b, seen, strict=True)])
-        changed = (changed + sent.square().sum() - 2 * group.batch.gain * with_sent).clamp(min=0)
+def _cosines(group: Group, survey: Survey, position: int) -> tuple[Tensor, Tensor]:
+    """Of ΔW_i to their mean and of D_i to theirs (M×m), between the probed images."""
+    seen, sent = survey.probes.seen[position].double(), survey.images.sent[position].double()
+    probed, gain, k = survey.folded.probed[position].double().mT, group.batch.gain, _PROBES
+    changes = survey.images.changes.double()
+    to_updates = (seen * probed[..., :k]).sum(dim=(-2, -1))
+    own = (seen * (group.gram_b @ seen)).sum(dim=(-2, -1)).clamp(min=0)
+    of_sent = (sent * changes).sum(dim=(-2, -1))[:, None]
+    to_changes = gain * (seen * probed[..., -k:]).sum(dim=(-2, -1)) - of_sent
+    # ⟨B_iA_iΩ, η·B0A0Ω⟩ from B_iᵀB0.
+    sent_seen = (group.tail.sent_a.double() @ survey.probes.omega.double())[:, None]
+    with_sent = (seen * (group.gram_sent.mT @ sent_seen)).sum(dim=(-2, -1)) * group.tail.sent_gain[:, None]
+    squares = sent.square().sum(dim=(-2, -1))[:, None]
+    changed = (own * gain.square() + squares - 2 * gain * with_sent).clamp(min=0)
+    updates_norm = torch.linalg.matrix_norm(survey.images.updates.double())[:, None]
     return (
-        _quotient(to_updates, own.sqrt() * torch.linalg.matrix_norm(probes.updates.double())),
-        _quotient(to_changes, changed.sqrt() * torch.linalg.matrix_norm(probes.changes.double())),
+        _quotient(to_updates, own.sqrt() * updates_norm),
+        _quotient(to_changes, changed.sqrt() * torch.linalg.matrix_norm(changes)[:, None]),
     )
 
 
-def _quotient(inner: Tensor, norms: Tensor) -> list[float]:
+def _quotient(inner: Tensor, norms: Tensor) -> Tensor:
     tiny = torch.finfo(norms.dtype).tiny
-    values: list[float] = torch.where(norms > 0, inner / norms.clamp(min=tiny), 0.0).clamp(-1.0, 1.0).tolist()
-    return values
+    return torch.where(norms > 0, inner / norms.clamp(min=tiny), 0.0).clamp(-1.0, 1.0)
