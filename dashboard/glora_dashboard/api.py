@@ -9,18 +9,22 @@ from typing import Any, Final
 
 from fastapi import APIRouter, FastAPI
 
+from glora_dashboard.access_routes import access_routes
 from glora_dashboard.device_routes import device_routes, token_routes
 from glora_dashboard.export_routes import export_routes
+from glora_dashboard.gate import GateRules
 from glora_dashboard.guard import MAX_BODY_BYTES, Guard
+from glora_dashboard.login import login_routes
 from glora_dashboard.permission import RoleApi, route_roles
 from glora_dashboard.ports import Commands, HealthProbe, Queries
 from glora_dashboard.problems import MEDIA_TYPE, Problem, add_problem_handlers
 from glora_dashboard.run_routes import run_routes
 from glora_dashboard.system_routes import open_routes, system_routes
+from glora_server.coordinator.access import Access
 
 PREFIX: Final = "/api/v1"
 _PROBLEMS: Final[dict[int | str, dict[str, Any]]] = {
-    code: {"model": Problem, "content": {MEDIA_TYPE: {}}} for code in (400, 401, 404, 409, 413, 422, 503)
+    code: {"model": Problem, "content": {MEDIA_TYPE: {}}} for code in (400, 401, 403, 404, 409, 413, 422, 429, 503)
 }
 
 
@@ -28,29 +32,31 @@ def create_app(
     commands: Commands,
     queries: Queries,
     *,
-    admin_token_check: Callable[[str], bool],
+    access: Access,
     health: HealthProbe,
     metrics_text: Callable[[], tuple[bytes, str]],
-    metrics_open: bool,
+    rules: GateRules,
     work_dir: Path,
     max_body_bytes: int = MAX_BODY_BYTES,
+    with_pages: bool = False,
 ) -> FastAPI:
     """The application that uvicorn serves.
 
-    `admin_token_check` says whether a bearer token is the right one; `metrics_text` gives Prometheus text and its
-    media type; `metrics_open` is true where only this machine can reach the port or the settings say so; `work_dir`
-    holds archives of exports while they are being sent.
+    `access` knows people, `rules` what is open to strangers; `metrics_text` gives Prometheus text and its media type;
+    `work_dir` holds archives of exports while they are being sent. With pages NiceGUI is loaded, which wants to be
+    imported before an event loop runs, and the application's lifespan.
     """
     version = installed_version("glora")
     app = RoleApi(
         title="glora",
         version=version,
-        description="Federated LoRA fine-tuning. Every request under /api needs `Authorization: Bearer TOKEN`.",
+        description="Federated LoRA fine-tuning. Requests carry `Authorization: Bearer TOKEN` (see `glora login`) or "
+        "the cookie of a browser that signed in; `x-role` says which role an operation needs.",
         openapi_url=f"{PREFIX}/openapi.json",
         docs_url=None,
         redoc_url=None,
     )
-    app.add_middleware(Guard, check=admin_token_check, max_body=max_body_bytes)
+    app.add_middleware(Guard, access=access, rules=rules, max_body=max_body_bytes)
     add_problem_handlers(app)
     api = APIRouter(prefix=PREFIX, responses=_PROBLEMS)
     for routes in (
@@ -59,9 +65,16 @@ def create_app(
         run_routes(commands, queries),
         export_routes(commands, work_dir),
         system_routes(queries),
+        access_routes(access),
     ):
         api.include_router(routes)
     app.include_router(api)
-    app.include_router(open_routes(health, metrics_text, admin_token_check, metrics_open=metrics_open, version=version))
+    app.include_router(open_routes(health, metrics_text, version=version))
+    app.include_router(login_routes(access))
     route_roles(app)
+    if with_pages:
+        from glora_dashboard.pages.mounting import mount_pages  # noqa: PLC0415 - NiceGUI is large
+        from glora_dashboard.pages.site import Site  # noqa: PLC0415
+
+        mount_pages(app, Site(commands=commands, queries=queries, access=access))
     return app

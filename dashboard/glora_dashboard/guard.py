@@ -1,67 +1,122 @@
-"""The gate before everything under /api, as plain ASGI so that nothing passes it: a token, and no body too large."""
+"""The gate before everything, as plain ASGI so that nothing passes it: REST, pages, static files, websockets.
+
+It says who asks (`permission.principal_of`) or refuses; what somebody may do is said by each route and page. Nothing is
+open but the few paths of `gate.OPEN_PATHS`. A request whose body is too large ends here too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from glora_dashboard.gate import (
+    SESSION_COOKIE,
+    GateRules,
+    check_same_origin,
+    login_address,
+    wants_page,
+)
+from glora_dashboard.leash import leashed_http, leashed_websocket
 from glora_dashboard.problems import problem_response
-from glora_server.coordinator.people import Credential, Principal, Role
+from glora_server.coordinator.access import Access
+from glora_server.coordinator.people import Principal
 from glora_wire.errors import GloraError, Reason
 
 MAX_BODY_BYTES: Final = 20 * 1024 * 1024
 """A manifest may have 16 MiB."""
-
-
-def require_token(headers: Headers, check: Callable[[str], bool]) -> None:
-    """Return when the request carries the administration token; raises ADMIN_TOKEN_INVALID."""
-    given = headers.get("authorization", "")
-    scheme, _, token = given.partition(" ")
-    if scheme.lower() == "bearer" and check(token.strip()):
-        return
-    what = "The administration token is wrong" if given else "This needs the administration token"
-    raise GloraError(
-        Reason.ADMIN_TOKEN_INVALID,
-        f"{what}: send 'Authorization: Bearer TOKEN' (glora: --admin-token or $GLORA_ADMIN_TOKEN). The token stands in "
-        "admin.token in the server's data folder.",
-    )
+_POLICY_VIOLATION: Final = 1008
 
 
 class Guard:
-    """ASGI middleware: /api needs the token, and no request body is longer than `max_body` bytes."""
+    """ASGI middleware: puts the principal into the scope, and refuses who is not known, or a body that is too large."""
 
-    def __init__(self, app: ASGIApp, *, check: Callable[[str], bool], max_body: int = MAX_BODY_BYTES) -> None:
+    def __init__(self, app: ASGIApp, *, access: Access, rules: GateRules, max_body: int = MAX_BODY_BYTES) -> None:
         self._app = app
-        self._check = check
+        self._access = access
+        self._rules = rules
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or answer with a problem."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        """Pass on, or refuse."""
+        match scope["type"]:
+            case "http":
+                await self._http(scope, receive, _with_headers(send))
+            case "websocket":
+                await self._websocket(scope, receive, send)
+            case _:
+                await self._app(scope, receive, send)
+
+    async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
-            if scope["path"].lower().startswith("/api"):
-                require_token(headers, self._check)
-                scope.setdefault("state", {})["principal"] = _admin_token_holder(scope)
-            self._check_announced(headers)
-            messages = await self._read_body(receive)
+            principal = await self._who(scope, headers)
+            if principal is None and not self._rules.is_open(scope["path"]):
+                await _ask_to_sign_in(scope, headers)(scope, receive, send)
+                return
+            messages = await self._read_body(headers, receive)
         except GloraError as error:
-            status = None if error.reason is Reason.ADMIN_TOKEN_INVALID else 413
-            await problem_response(error, status)(scope, receive, send)
+            await problem_response(error)(scope, receive, send)
             return
-        await self._app(scope, _replay(messages, receive), _unstored(send))
+        except _TooLargeError as error:
+            await problem_response(error.error, 413)(scope, receive, send)
+            return
+        _introduce(scope, principal)
+        replayed = _replay(messages, receive)
+        if principal is None:
+            await self._app(scope, replayed, send)
+        else:
+            await leashed_http(self._app, scope, replayed, send, access=self._access, principal=principal)
 
-    def _check_announced(self, headers: Headers) -> None:
+    async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            principal = await self._who(scope, Headers(scope=scope))
+        except GloraError:
+            principal = None
+        if principal is None:
+            await receive()
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": "sign in first"})
+            return
+        _introduce(scope, principal)
+        await leashed_websocket(self._app, scope, receive, send, access=self._access, principal=principal)
+
+    async def _who(self, scope: Scope, headers: Headers) -> Principal | None:
+        """Who asks; None: nobody said so. Raises SIGN_IN_NEEDED (wrong token), HOST_REFUSED, ORIGIN_REFUSED.
+
+        A token that is sent on purpose proves more than a cookie that a browser adds: only the latter's requests are
+        asked where they come from.
+        """
+        origin = (scope.get("client") or ("", 0))[0]
+        if "authorization" in headers:
+            return await self._bearer(headers["authorization"], origin)
+        self._rules.check_host(headers)
+        secret = cookie_parser(headers.get("cookie", "")).get(SESSION_COOKIE, "")
+        principal = await self._access.of_session(secret, origin=origin) if secret else None
+        if principal is not None:
+            check_same_origin(scope, headers)
+        return principal
+
+    async def _bearer(self, authorization: str, origin: str) -> Principal:
+        scheme, _, token = authorization.partition(" ")
+        principal = None
+        if scheme.lower() == "bearer":
+            principal = await self._access.of_bearer(token.strip(), origin=origin)
+        if principal is None:
+            raise GloraError(
+                Reason.SIGN_IN_NEEDED,
+                "The token is wrong, has ended or was revoked: make another one with `glora login` or `glora api-token "
+                "create`. On the server's machine the data folder's admin.token is one.",
+            )
+        return principal
+
+    async def _read_body(self, headers: Headers, receive: Receive) -> list[Message]:
+        """The messages of the whole body; raises _TooLargeError."""
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._max_body:
-            raise self._too_large()
-
-    async def _read_body(self, receive: Receive) -> list[Message]:
+            raise _TooLargeError(self._max_body)
         messages: list[Message] = []
         total = 0
         while True:
@@ -69,28 +124,46 @@ class Guard:
             messages.append(message)
             total += len(message.get("body", b""))
             if total > self._max_body:
-                raise self._too_large()
+                raise _TooLargeError(self._max_body)
             if message["type"] != "http.request" or not message.get("more_body", False):
                 return messages
 
-    def _too_large(self) -> GloraError:
-        limit = self._max_body // (1024 * 1024)
-        return GloraError(Reason.REQUEST_INVALID, f"The request is too large; at most {limit} MiB are taken.")
+
+class _TooLargeError(Exception):
+    def __init__(self, limit: int) -> None:
+        sentence = f"The request is too large; at most {limit // (1024 * 1024)} MiB are taken."
+        self.error = GloraError(Reason.REQUEST_INVALID, sentence)
 
 
-def _admin_token_holder(scope: Scope) -> Principal:
-    client = scope.get("client") or ("", 0)
-    return Principal(name="admin.token", role=Role.ADMIN, credential=Credential.ADMIN_TOKEN, origin=client[0])
+def _introduce(scope: Scope, principal: Principal | None) -> None:
+    """Say who asks to whatever comes behind the gate."""
+    scope["state"] = dict(scope.get("state", {})) | {"principal": principal}
 
 
-def _unstored(send: Send) -> Send:
-    """Tell caches and browsers to keep nothing and to guess nothing."""
+def _ask_to_sign_in(scope: Scope, headers: Headers) -> Response:
+    if wants_page(scope, headers):
+        return RedirectResponse(login_address(scope), 303)
+    return problem_response(
+        GloraError(
+            Reason.SIGN_IN_NEEDED,
+            "This needs somebody who has signed in: send 'Authorization: Bearer TOKEN' (glora: --token, or once "
+            "`glora login`), or sign in at /login.",
+        )
+    )
+
+
+def _with_headers(send: Send) -> Send:
+    """Tell caches to keep nothing, browsers to guess nothing, and other sites' pages not to frame ours."""
 
     async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers.setdefault("Cache-Control", "no-store")
             headers.setdefault("X-Content-Type-Options", "nosniff")
+            headers.setdefault("X-Frame-Options", "DENY")
+            # Not "no-referrer": browsers then send "Origin: null" with our own forms, and the gate would refuse them.
+            headers.setdefault("Referrer-Policy", "same-origin")
+            headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
         await send(message)
 
     return send_with_headers

@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Callable
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from glora_dashboard.bodies import PageQuery
-from glora_dashboard.guard import require_token
 from glora_dashboard.models import AuditAnswer, HealthAnswer, PageAnswer, StrategyAnswer, SystemAnswer
 from glora_dashboard.permission import ANYBODY, least
 from glora_dashboard.ports import HealthProbe, Queries
@@ -18,8 +17,8 @@ from glora_server.coordinator.people import Role
 _FRONT_PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>glora</title>
 <h1>glora {version}</h1>
-<p>This server speaks REST at <code>/api/v1</code> (described at <code>/api/v1/openapi.json</code>); both need the
-administration token. The command line does the same: <code>glora run list</code>, <code>glora device list</code>.</p>
+<p>This server speaks REST at <code>/api/v1</code> (described at <code>/api/v1/openapi.json</code>); both need a
+token. The command line does the same: <code>glora run list</code>, <code>glora device list</code>.</p>
 <p><a href="/healthz">/healthz</a> · <a href="/readyz">/readyz</a> · <a href="/metrics">/metrics</a></p>
 </html>
 """
@@ -51,12 +50,10 @@ def system_routes(queries: Queries) -> APIRouter:
 def open_routes(
     health: HealthProbe,
     metrics_text: Callable[[], tuple[bytes, str]],
-    check_token: Callable[[str], bool],
     *,
-    metrics_open: bool,
     version: str,
 ) -> APIRouter:
-    """Routes that need no token (but /metrics does, unless `metrics_open`)."""
+    """Routes that ask for no role; the gate decides who reaches them."""
     routes = APIRouter(include_in_schema=False, dependencies=[ANYBODY])
 
     @routes.get("/")
@@ -76,10 +73,8 @@ def open_routes(
         return JSONResponse(answer.model_dump(), 200 if answer.status == "ready" else 503)
 
     @routes.get("/metrics")
-    async def metrics(request: Request) -> Response:
+    async def metrics() -> Response:
         """Prometheus metrics."""
-        if not metrics_open:
-            require_token(request.headers, check_token)
         text, media_type = metrics_text()
         return Response(text, headers={"Content-Type": media_type})
 

@@ -50,7 +50,7 @@ __all__ = [
 
 ENVIRONMENT_PREFIX: Final = "GLORA__"
 CONFIG_NAME: Final = "glora.toml"
-_SECRET: Final = frozenset({("database", "url")})
+_SECRET: Final = frozenset({("database", "url"), ("http", "admin_password")})
 
 
 def default_data_dir(env: Mapping[str, str]) -> Path:

@@ -7,19 +7,22 @@ import contextlib
 import shutil
 import signal
 import socket
+import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
 import structlog
-import uvicorn
 
 from glora_dashboard.api import create_app
+from glora_dashboard.gate import GateRules
 from glora_dashboard.ports import HealthCheck
 from glora_server.config import Settings, prepare_data_dir
+from glora_server.coordinator.access import Access, SessionTimes
+from glora_server.coordinator.access_users import FIRST_ADMIN
 from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.commands import Commands
 from glora_server.coordinator.device_service import DeviceService
@@ -41,18 +44,20 @@ from glora_server.coordinator.views import SystemView
 from glora_server.coordinator.workspace import Workspace
 from glora_server.engines.local import LocalEngine
 from glora_server.memory import keep_buffers
+from glora_server.http_server import TlsFiles, address, first_password, listen, serving
 from glora_server.rounds.run import RunPhase
 from glora_server.rpc.server import GrpcServers
 from glora_server.rpc.services import RpcSettings, UseCases
 from glora_server.security.admin_token import AdminToken
 from glora_server.security.authority import FileAuthority
 from glora_server.security.rate import RateLimiter
+from glora_server.security.passwords import Argon2Passwords
 from glora_server.storage import migrate
 from glora_server.storage.blobs import FsspecBlobs
 from glora_server.storage.store import SqlStore
 from glora_server.telemetry.logging import configure_logging
 from glora_server.telemetry.metrics import Metrics
-from glora_wire.errors import GloraError, Reason
+from glora_wire.errors import GloraError
 
 log = structlog.get_logger(__name__)
 
@@ -77,6 +82,8 @@ class Services:
     commands: Commands
     queries: Queries
 
+    access: Access
+    passwords: Argon2Passwords
 
 class Server:
     """A whole server in this process; `async with` starts and stops it."""
@@ -90,6 +97,14 @@ class Server:
         self.grpc: GrpcServers
         self.http_port = 0
 
+        self.first_admin_password: str | None = None
+        """Set at the first start, when it was made up; to be shown once."""
+
+    @property
+    def http_url(self) -> str:
+        """Where people on this machine open the server."""
+        http = self._settings.http
+        return address(http.host, self.http_port, encrypted=http.tls != "off")
     async def __aenter__(self) -> Server:
         try:
             await self._start()
@@ -103,13 +118,15 @@ class Server:
 
     async def _start(self) -> None:
         settings = self._settings
-        http_socket = _listen(settings.http.host, settings.http.port)
+        http_socket = listen(settings.http.host, settings.http.port)
         self._stack.callback(http_socket.close)
         self.http_port = http_socket.getsockname()[1]
         services = self.services = self._wire()
         self._stack.push_async_callback(services.store.close)
         self._stack.push_async_callback(services.numerics.close)
         await sweep(services.store, services.blobs, services.workspace)
+        self._stack.callback(services.passwords.close)
+        self.first_admin_password = await services.access.ensure_admin(first_password(settings.http))
         await services.engine.start()
         self._stack.push_async_callback(services.engine.close)
         await services.opener.start()
@@ -129,7 +146,7 @@ class Server:
         workspace.prepare()
         authority = FileAuthority.open(
             data / "authority",
-            settings.grpc.public_names,
+            (*settings.grpc.public_names, *settings.http.public_names),
             device_lifetime=timedelta(days=settings.security.certificate_days),
         )
         store = SqlStore.open(settings.database_url, observer=self.metrics)
@@ -163,6 +180,7 @@ class Server:
             observer=self.metrics,
         )
         return Services(
+        passwords = Argon2Passwords()
             store=store,
             blobs=blobs,
             workspace=workspace,
@@ -197,6 +215,16 @@ class Server:
                 clock=engine.clock,
             ),
             queries=Queries(
+            access=Access(
+                store=store,
+                passwords=passwords,
+                clock=engine.clock,
+                admin_token=AdminToken.open(data).matches,
+                times=SessionTimes(
+                    absolute=settings.http.session_hours * 3600, idle=settings.http.session_idle_hours * 3600
+                ),
+            ),
+            passwords=passwords,
                 store=store, hub=hub, clock=engine.clock, catalogue=catalogue, system_view=self._system_view
             ),
         )
@@ -225,21 +253,18 @@ class Server:
         app = create_app(
             services.commands,
             services.queries,
-            admin_token_check=AdminToken.open(settings.data_dir).matches,
+            access=services.access,
+            rules=GateRules.of(
+                (*settings.http.public_names, *settings.grpc.public_names, socket.gethostname()),
+                metrics_open=settings.http.metrics_for_all,
+            ),
             health=_Health(services, self.grpc),
             metrics_text=self.metrics.text,
-            metrics_open=settings.http.loopback or settings.http.metrics_open,
             work_dir=settings.data_dir / "scratch",
         )
-        counted = self.metrics.web(app)
-        config = uvicorn.Config(counted, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=3)
-        server = _QuietServer(config)
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        try:
+        files = TlsFiles.of(settings.http, settings.data_dir, services.authority)
+        async with serving(self.metrics.web(app), listener, files, proxies=settings.http.proxies):
             yield
-        finally:
-            server.should_exit = True
-            await task
 
     async def _warm_up(self, services: Services) -> None:
         """Start the worker, so that the first round does not wait for it."""
@@ -291,33 +316,6 @@ class _Health:
         return database, worker, ports
 
 
-class _QuietServer(uvicorn.Server):
-    """uvicorn without signal handlers of its own: this process has one place that decides when to stop."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket; raises PORT_IN_USE."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise GloraError(
-            Reason.PORT_IN_USE,
-            f"HTTP cannot listen on {host}:{port}: {error.strerror}. Stop what uses the port, or set http.port.",
-            port=port,
-        ) from error
-    listener.setblocking(False)
-    return listener
-
-
 @contextlib.asynccontextmanager
 async def _background(work: Coroutine[object, object, None]) -> AsyncIterator[None]:
     task = asyncio.create_task(work)
@@ -338,16 +336,29 @@ async def _serve(settings: Settings) -> None:
             "server_ready",
             grpc_port=server.grpc.port,
             enrolment_port=server.grpc.enrolment_port,
-            http=f"http://{settings.http.host}:{server.http_port}",
+            http=server.http_url,
             data_dir=str(settings.data_dir),
         )
         await stop.wait()
         log.info("server_stops")
 
+        if server.first_admin_password is not None:
+            _show_first_password(server.http_url, server.first_admin_password)
 
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; raises GloraError when the server cannot start."""
     configure_logging(settings.log.format, settings.log.level)
+def _show_first_password(url: str, password: str) -> None:
+    """Tell who started the server how to sign in; never again, and past the log, which masks passwords."""
+    sys.stderr.write(
+        f"\n    Sign in at {url}\n"
+        f"        user name  {FIRST_ADMIN}\n"
+        f"        password   {password}\n"
+        f"    This is shown once. Lost? On this machine: glora user set-password {FIRST_ADMIN}\n\n"
+    )
+    sys.stderr.flush()
+
+
     keep_buffers()
     prepare_data_dir(settings.data_dir)
     asyncio.run(_serve(settings))

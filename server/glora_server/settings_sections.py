@@ -64,12 +64,37 @@ class HttpSettings(SettingsSection):
 
     host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on.")
     port: Port = Field(default=8080, description="TCP port; 0 = any free one.")
+    tls: Literal["off", "own", "files"] = Field(
+        default="off",
+        description='"own": HTTPS with a certificate of this server\'s authority (DATA_DIR/ca.crt is what browsers and '
+        '`glora login --ca` must know); "files": with http.certificate and http.key; "off": no encryption.',
+    )
+    certificate: str = Field(default="", description="PEM file with the certificate and those above it.")
+    key: str = Field(default="", description="PEM file with its private key, without a password.")
+    public_names: Names = Field(
+        default=(), description="Names by which people reach this port, besides localhost and addresses in figures."
+    )
+    proxies: Names = Field(
+        default=(), description="Addresses of proxies in front, whose X-Forwarded-For and -Proto are believed."
+    )
     allow_insecure_remote: bool = Field(
         default=False, description="Listen on an address that is not loopback although HTTP is not encrypted."
     )
     metrics_open: bool = Field(
-        default=False, description="/metrics answers without a token on every address (it always does on loopback)."
+        default=False,
+        description="/metrics answers without a token on every address (on loopback it does, unless a proxy is named).",
     )
+    session_hours: float = Field(
+        default=168.0, gt=0, le=24 * 366, description="Hours after which people sign in again, however active they are."
+    )
+    session_idle_hours: float = Field(
+        default=12.0, gt=0, le=24 * 366, description="Hours without a request after which people sign in again."
+    )
+    admin_password: SecretStr = Field(
+        default=SecretStr(""),
+        description="Password of the user admin that the first start makes; empty = one is made up and shown once.",
+    )
+    admin_password_file: str = Field(default="", description="File that holds it instead.")
 
     @property
     def loopback(self) -> bool:
@@ -81,14 +106,28 @@ class HttpSettings(SettingsSection):
         except ValueError:
             return False
 
+    @property
+    def metrics_for_all(self) -> bool:
+        """Whether /metrics answers without a token; on loopback a proxy would let in everybody who reaches it."""
+        return self.metrics_open or (self.loopback and not self.proxies)
+
     def model_post_init(self, _context: object, /) -> None:
-        """Refuse to send the admin token over a network in the clear unless somebody says so."""
-        if not self.loopback and not self.allow_insecure_remote:
+        """Refuse to send passwords and tokens over a network in the clear unless somebody says so."""
+        if not self.loopback and self.tls == "off" and not self.allow_insecure_remote:
             sentence = (
-                "must be a loopback address such as 127.0.0.1, because HTTP here is not encrypted and would show the "
-                "admin token to the network; put a TLS proxy in front, or set http.allow_insecure_remote = true"
+                "must be a loopback address such as 127.0.0.1, because HTTP here is not encrypted and would show "
+                'passwords and tokens to the network; set http.tls = "own" (or "files"), or put a TLS proxy in front '
+                "and set http.allow_insecure_remote = true"
             )
             raise_problems("http", [(("host",), sentence, self.host)])
+        named = bool(self.certificate) + bool(self.key)
+        if self.tls == "files" and named < 2:
+            raise_problems("http", [(("tls",), "needs http.certificate and http.key", self.tls)])
+        if self.tls != "files" and named:
+            raise_problems("http", [(("tls",), 'must be "files" where http.certificate or http.key is set', self.tls)])
+        if self.admin_password.get_secret_value() and self.admin_password_file:
+            sentence = "is one of two places for the same password; leave http.admin_password out"
+            raise_problems("http", [(("admin_password_file",), sentence, self.admin_password_file)])
 
 
 class DatabaseSettings(SettingsSection):

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from access_cases import memory_access
 from fake_server import ADMIN_TOKEN, FakeServer
 
 from glora_dashboard.api import create_app
+from glora_dashboard.gate import GateRules
+from glora_server.coordinator.access import Access
 
 
 @dataclass
@@ -22,18 +25,24 @@ class Running:
 
     url: str
     fake: FakeServer
+    access: Access
 
 
 @contextlib.contextmanager
 def serving(fake: FakeServer, work_dir: Path) -> Iterator[Running]:
     """Serve `fake` while the context is open."""
+    with memory_access(ADMIN_TOKEN) as access:
+        yield from _serving(fake, access, work_dir)
+
+
+def _serving(fake: FakeServer, access: Access, work_dir: Path) -> Iterator[Running]:
     app = create_app(
         fake,
         fake,
-        admin_token_check=lambda token: token == ADMIN_TOKEN,
+        access=access,
+        rules=GateRules(metrics_open=True),
         health=fake,
         metrics_text=lambda: (b"", "text/plain"),
-        metrics_open=True,
         work_dir=work_dir,
     )
     config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
@@ -44,7 +53,7 @@ def serving(fake: FakeServer, work_dir: Path) -> Iterator[Running]:
     try:
         _await_start(server)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Running(url=f"http://127.0.0.1:{port}", fake=fake)
+        yield Running(url=f"http://127.0.0.1:{port}", fake=fake, access=access)
     finally:
         server.should_exit = True
         thread.join(10)

@@ -12,27 +12,30 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from access_cases import memory_access
 from fake_server import ADMIN_TOKEN, FakeServer, manifest, spec
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from glora_dashboard.api import create_app
+from glora_dashboard.gate import GateRules
 from glora_dashboard.ports import HealthCheck
+from glora_server.coordinator.access import Access
 from glora_server.coordinator.model import DeviceState
 
-OPEN_PATHS = {"/", "/healthz", "/readyz", "/metrics"}
+OPEN_PATHS = {"/healthz", "/readyz", "/metrics", "/login"}
 
 
 def make_app(
-    server: FakeServer, work_dir: Path, *, metrics_open: bool = True, max_body_bytes: int = 100_000
+    server: FakeServer, access: Access, work_dir: Path, *, metrics_open: bool = True, max_body_bytes: int = 100_000
 ) -> FastAPI:
     return create_app(
         server,
         server,
-        admin_token_check=lambda token: token == ADMIN_TOKEN,
+        access=access,
+        rules=GateRules.of(["testserver"], metrics_open=metrics_open),
         health=server,
         metrics_text=lambda: (b"glora_rounds_total 3\n", "text/plain; version=0.0.4; charset=utf-8"),
-        metrics_open=metrics_open,
         work_dir=work_dir,
         max_body_bytes=max_body_bytes,
     )
@@ -49,8 +52,14 @@ def shared() -> FakeServer:
 
 
 @pytest.fixture(scope="module")
-def shared_app(shared: FakeServer, work_dir: Path) -> FastAPI:
-    return make_app(shared, work_dir)
+def access() -> Iterator[Access]:
+    with memory_access(ADMIN_TOKEN) as access:
+        yield access
+
+
+@pytest.fixture(scope="module")
+def shared_app(shared: FakeServer, access: Access, work_dir: Path) -> FastAPI:
+    return make_app(shared, access, work_dir)
 
 
 @pytest.fixture
@@ -86,12 +95,14 @@ def test_every_documented_route_is_under_api_and_needs_the_token(app: FastAPI, a
     assert len(routes) >= 25
     for method, path in routes:
         assert path.startswith("/api/v1/")
+        if path == "/api/v1/sign-in":
+            continue
         filled = re.sub(r"\{[^}]+\}", "1", path)
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {ADMIN_TOKEN}"}):
             answer = anonymous.request(method, filled, headers=headers)
             assert answer.status_code == 401, (method, path)
             assert answer.headers["www-authenticate"] == "Bearer"
-            assert answer.json()["reason"] == "ADMIN_TOKEN_INVALID"
+            assert answer.json()["reason"] == "SIGN_IN_NEEDED"
 
 
 @pytest.mark.parametrize("path", ["/api", "/api/", "/API/v1/runs", "/api/v1/openapi.json", "/api/v2/x", "/apiary"])
@@ -110,8 +121,8 @@ def test_nothing_was_changed_by_requests_without_the_token(
 def test_only_the_known_paths_are_open(app: FastAPI, anonymous: TestClient) -> None:
     for path in OPEN_PATHS:
         assert anonymous.get(path).status_code == 200
-    assert anonymous.get("/docs").status_code == 404
-    assert "/api/v1" in anonymous.get("/").text
+    for path in ("/", "/docs", "/anything"):
+        assert anonymous.get(path).status_code == 401
 
 
 def test_readiness_names_the_part_that_is_down(anonymous: TestClient, server: FakeServer) -> None:
@@ -123,8 +134,8 @@ def test_readiness_names_the_part_that_is_down(anonymous: TestClient, server: Fa
     assert anonymous.get("/healthz").status_code == 200
 
 
-def test_metrics_need_the_token_unless_they_are_open(server: FakeServer, tmp_path: Path) -> None:
-    with TestClient(make_app(server, tmp_path, metrics_open=False)) as client:
+def test_metrics_need_the_token_unless_they_are_open(server: FakeServer, access: Access, tmp_path: Path) -> None:
+    with TestClient(make_app(server, access, tmp_path, metrics_open=False)) as client:
         assert client.get("/metrics").status_code == 401
         answer = client.get("/metrics", headers={"Authorization": f"Bearer {ADMIN_TOKEN}"})
     assert answer.text == "glora_rounds_total 3\n"
