@@ -47,7 +47,7 @@ class PageEntry:
 
 PAGES: Final[dict[str, PageEntry]] = {}
 """Every page by its path; the navigation is made of these."""
-_NAV_ORDER: Final = ("/", "/devices", "/enrolment", "/exports", "/audit", "/system", "/users")
+_NAV_ORDER: Final = ("/", "/devices", "/enrolment", "/exports", "/audit", "/system", "/people")
 
 
 def page(
@@ -89,7 +89,8 @@ def frame(title: str, *, crumbs: tuple[Link, ...] = (), heading: bool = True) ->
     ui.page_title(f"{title} · glora")
     ui.add_head_html(
         f'<meta name="glora-now" content="{time.time():.3f}">'
-        f'<link rel="stylesheet" href="{STATIC_PREFIX}/site.css"><script src="{STATIC_PREFIX}/site.js"></script>'
+        f'<link rel="stylesheet" href="{STATIC_PREFIX}/site.css">'
+        f'<link rel="stylesheet" href="{STATIC_PREFIX}/desk.css"><script src="{STATIC_PREFIX}/site.js"></script>'
     )
     if not any(child.tag == "nicegui-header" for child in context.client.layout.default_slot.children):
         _header(principal_of(context.client.request.scope), context.client.request.url.path)

@@ -13,12 +13,12 @@ from nicegui import ui
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from glora_dashboard.pages import overview
+from glora_dashboard.pages import overview, round, run  # noqa: A004 - the page of a round
 from glora_dashboard.pages.assets import MARK, STATIC, STATIC_PREFIX
 from glora_dashboard.pages.not_found import show_missing_page
 from glora_dashboard.pages.site import Site, put_site
 
-_PAGES: Final = (overview,)
+_PAGES: Final = (overview, run, round)
 """Modules whose import registers pages."""
 _RECONNECT_SECONDS: Final = 20.0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +11,8 @@ from glora_dashboard.pages import format as fmt
 from glora_dashboard.pages.frame import frame, page
 from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.parts import Block, anchor, bar, join, pill, sparkline
+from glora_dashboard.pages.quality import best_by_version
+from glora_dashboard.pages.signs import RUN_TONES
 from glora_dashboard.pages.site import Site, may
 from glora_server.coordinator.model import Page
 from glora_server.coordinator.people import Role
@@ -19,14 +20,6 @@ from glora_server.coordinator.views import RunView, SystemView
 from glora_server.rounds.run import RunPhase
 
 SHOWN_RUNS: Final = 20
-RUN_TONE: Final = {
-    RunPhase.CREATED: "idle",
-    RunPhase.ACTIVE: "active",
-    RunPhase.PAUSED: "wait",
-    RunPhase.COMPLETED: "good",
-    RunPhase.FAILED: "bad",
-    RunPhase.ABORTED: "bad",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +94,7 @@ def run_card(view: RunView) -> Markup:
     ).format(
         key=run.id,
         name=anchor(run.name, f"/runs/{run.name}"),
-        state=pill(RUN_TONE[run.phase], run.phase.value),
+        state=pill(RUN_TONES[run.phase], run.phase.value),
         why=view.waiting or "It is going on.",
         rounds=f"{run.rounds_done} of {fmt.count(total, 'round')}",
         bar=bar(run.rounds_done / total, label=f"Rounds of {run.name}", tone=_bar_tone(run.phase)),
@@ -123,12 +116,3 @@ def _quality(view: RunView) -> Markup:
     return Markup(
         '<div class="quality">{}<div class="figure"><b>{}</b><span class="muted small">accuracy</span></div></div>'
     ).format(sparkline(points, label=label), fmt.percent(last))
-
-
-def best_by_version(view: RunView) -> Sequence[float]:
-    """Accuracy at the highest measured rank, version by version."""
-    best: dict[int, tuple[int, float]] = {}
-    for score in view.scores:
-        if score.accuracy == score.accuracy and score.rank >= best.get(score.version_number, (0, 0.0))[0]:
-            best[score.version_number] = (score.rank, score.accuracy)
-    return [accuracy for _, (_, accuracy) in sorted(best.items())]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 from markupsafe import Markup, escape
@@ -121,3 +122,20 @@ def sparkline(values: Sequence[float], *, label: str) -> Markup:
         '<svg class="spark" viewBox="0 0 120 32" role="img" aria-label="{}"><polyline points="{}"/>'
         '<circle cx="{:.1f}" cy="{:.1f}" r="2.6"/></svg>'
     ).format(label, line, x, y)
+
+
+def button(words: str, action: Callable[[], object], *, kind: str = "") -> Element:
+    """A button; `kind` is "primary", "danger" or "danger solid"."""
+    element = Block(escape(words), tag="button").classes(f"button {kind}").props('type="button"')
+    element.on("click", action)
+    return element
+
+
+@contextmanager
+def sheet(title: str) -> Iterator[ui.dialog]:
+    """A dialog with a heading, to be filled as a context and then opened; it is gone once it is closed."""
+    with ui.dialog() as dialog, ui.element("div").classes("sheet"):
+        dialog.props["aria-label"] = title
+        Block(escape(title), tag="h2")
+        yield dialog
+    dialog.on("hide", dialog.delete)

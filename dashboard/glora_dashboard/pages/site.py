@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 from nicegui import context, ui
 from starlette.requests import Request
 
 from glora_dashboard.permission import principal_of, require
-from glora_dashboard.ports import Commands, Queries
+from glora_dashboard.ports import Commands, HealthProbe, Queries
+from glora_server.coordinator.access import Access
 from glora_server.coordinator.people import Principal, Role
 from glora_wire.errors import GloraError, Reason
 
 _STATE: Final = "glora_site"
-
-
-class Access(Protocol):
-    """What pages ask of the people's registry."""
-
-    async def still_holds(self, principal: Principal) -> Principal | None:
-        """The principal as it is now; None when its session, token or user is gone."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +25,8 @@ class Site:
     commands: Commands
     queries: Queries
     access: Access
+    health: HealthProbe | None = None
+    """Asks the parts of the server how they are; None where nobody can (the system page then shows what it knows)."""
 
     async def require(self, role: Role) -> Principal:
         """Who is looking at this page, asked anew; raises SIGN_IN_NEEDED or ROLE_TOO_LOW."""
