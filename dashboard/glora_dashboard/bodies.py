@@ -8,8 +8,9 @@ from fastapi import Depends, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from glora_dashboard.ports import Flavour
-from glora_server.coordinator.model import Page
+from glora_server.coordinator.model import DeviceState, Page
 from glora_server.coordinator.run_sections import MAX_RANK
+from glora_server.coordinator.views_history import AuditFilter, DeviceFilter, DeviceOrder
 
 Name = Annotated[str, Path(min_length=1, max_length=128, description="Name or id.")]
 Tag = Annotated[str, Field(min_length=1, max_length=64)]
@@ -25,6 +26,34 @@ def _page(
 
 
 PageQuery = Annotated[Page, Depends(_page)]
+
+
+def _devices(
+    state: Annotated[
+        DeviceState | None, Query(description="Only devices in this state; revoked ones are not listed.")
+    ] = None,
+    tag: Annotated[str, Query(max_length=64, description="Only devices with this tag.")] = "",
+    text: Annotated[str, Query(max_length=128, description="Part of the name, the id or the platform.")] = "",
+    online: Annotated[bool | None, Query(description="Only devices that are there, or that are not.")] = None,
+    order: Annotated[DeviceOrder, Query(description="What the list is sorted by.")] = DeviceOrder.ENROLMENT,
+) -> DeviceFilter:
+    """The devices that the query asks for."""
+    return DeviceFilter(state=state, tag=tag, text=text, online=online, order=order)
+
+
+def _audit(
+    actor: Annotated[str, Query(max_length=128, description="Who did it.")] = "",
+    action: Annotated[str, Query(max_length=64, description='What was done: "run.pause", or "run." for all.')] = "",
+    target: Annotated[str, Query(max_length=256, description="What it was done to.")] = "",
+    since: Annotated[float | None, Query(ge=0, le=1e11, description="From this time on, Unix seconds.")] = None,
+    until: Annotated[float | None, Query(ge=0, le=1e11, description="Before this time, Unix seconds.")] = None,
+) -> AuditFilter:
+    """The rows of the audit that the query asks for."""
+    return AuditFilter(actor=actor, action=action, target=target, since=since, until=until)
+
+
+DevicesQuery = Annotated[DeviceFilter, Depends(_devices)]
+AuditQuery = Annotated[AuditFilter, Depends(_audit)]
 
 
 class Body(BaseModel):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from glora_dashboard.bodies import GrantedRank, Name, NewToken, PageQuery
+from glora_dashboard.bodies import DevicesQuery, GrantedRank, Name, NewToken, PageQuery
+from glora_dashboard.device_models import AgreementAnswer, WorkAnswer
 from glora_dashboard.models import DeviceAnswer, DeviceRecordAnswer, NewTokenAnswer, PageAnswer, TokenAnswer
 from glora_dashboard.permission import Operator, least
 from glora_dashboard.ports import Commands, Queries
@@ -16,15 +17,27 @@ def device_routes(commands: Commands, queries: Queries) -> APIRouter:
     routes = APIRouter(prefix="/devices", tags=["devices"])
 
     @routes.get("", dependencies=[least(Role.VIEWER)])
-    async def list_devices(page: PageQuery) -> PageAnswer[DeviceAnswer]:
-        """Devices in order of enrolment."""
-        listing = await queries.devices(page)
+    async def list_devices(page: PageQuery, wanted: DevicesQuery) -> PageAnswer[DeviceAnswer]:
+        """Devices that are not revoked, in the order that is asked for."""
+        listing = await queries.devices(page, wanted)
         return PageAnswer(items=[DeviceAnswer.of(view) for view in listing.items], next_page_token=listing.next_token)
 
     @routes.get("/{name}", dependencies=[least(Role.VIEWER)])
     async def show_device(name: Name) -> DeviceAnswer:
         """One device and what it is doing."""
         return DeviceAnswer.of(await queries.device(name))
+
+    @routes.get("/{name}/agreement", dependencies=[least(Role.VIEWER)])
+    async def show_agreement(name: Name) -> AgreementAnswer:
+        """How the device's rounds ended, and how far its updates agreed with the others'."""
+        return AgreementAnswer.of(await queries.device_detail(name))
+
+    @routes.get("/{name}/assignments", dependencies=[least(Role.VIEWER)])
+    async def list_work(name: Name, page: PageQuery) -> PageAnswer[WorkAnswer]:
+        """What the device was asked to do, newest first."""
+        listing = await queries.device_history(name, page)
+        items = [WorkAnswer.of_work(work) for work in listing.items]
+        return PageAnswer(items=items, next_page_token=listing.next_token)
 
     @routes.post("/{name}/approve")
     async def approve_device(actor: Operator, name: Name) -> DeviceRecordAnswer:

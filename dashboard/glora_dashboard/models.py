@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any, Generic, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from glora_dashboard.ports import HealthCheck
 from glora_server.coordinator.model import AuditEntry, Device, Measurement, ModuleDiagnostics, TokenRecord, Version
@@ -239,6 +239,9 @@ class AuditAnswer(Answer):
     actor: str
     action: str
     target: str
+    origin: str = Field(description="Address that the request came from; empty: the server itself.")
+    before: JsonValue = Field(description="What the change changed, as it was; null where nothing was.")
+    after: JsonValue = Field(description="The same, as it is now.")
     details: Json
 
     @classmethod
@@ -250,6 +253,9 @@ class AuditAnswer(Answer):
             actor=entry.actor,
             action=entry.action,
             target=entry.target,
+            origin=entry.origin,
+            before=json.loads(entry.before_json),
+            after=json.loads(entry.after_json),
             details=json.loads(entry.details_json),
         )
 
@@ -288,6 +294,9 @@ class SystemAnswer(Answer):
     online_devices: int
     active_runs: int
     free_disk_bytes: int
+    disk_bytes: int = 0
+    database_bytes: int = 0
+    worker_restarts: int = 0
 
     @classmethod
     def of(cls, view: SystemView) -> Self:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from glora_server.coordinator.feed import Batch
 from glora_server.coordinator.model import (
     AuditEntry,
     Device,
@@ -21,7 +22,25 @@ from glora_server.coordinator.model import (
 from glora_server.coordinator.people import Principal
 from glora_server.coordinator.ports import StrategyInfo
 from glora_server.coordinator.run_spec import RunSpec
-from glora_server.coordinator.views import DeviceView, ExportRecord, RoundView, RunView, SystemView
+from glora_server.coordinator.views import (
+    AssignmentView,
+    DeviceView,
+    ExportRecord,
+    RoundView,
+    RunView,
+    SystemView,
+)
+from glora_server.coordinator.views_history import (
+    AuditFilter,
+    Contribution,
+    DeviceCounts,
+    DeviceDetail,
+    DeviceFilter,
+    DeviceLine,
+    WorkView,
+)
+from glora_server.coordinator.views_plots import Alert, Ancestor, Exportable, RunSeries, SpectrumMap
+from glora_server.rounds.ids import DeviceId
 from glora_server.rounds.round import Round
 from glora_wire.manifest import Manifest
 
@@ -101,14 +120,37 @@ class Commands(Protocol):
 
 
 class Queries(Protocol):
-    """Everything that is asked; changes nothing. Names may be ids; what is not there raises GloraError."""
+    """Everything that is asked; changes nothing. Names may be ids; what is not there raises GloraError.
 
-    async def devices(self, page: Page) -> Listing[DeviceView]:
-        """Devices in order of enrolment."""
+    What is not a page is bounded: a run carries the newest versions' scores and the first devices of its round.
+    """
+
+    async def devices(self, page: Page, wanted: DeviceFilter = ...) -> Listing[DeviceView]:
+        """Devices that fit `wanted`, in its order."""
+        ...
+
+    async def device_lines(self, page: Page, wanted: DeviceFilter = ...) -> Listing[DeviceLine]:
+        """The same devices with how reliable they are and how far they agreed with the others last."""
         ...
 
     async def device(self, name: str) -> DeviceView:
         """One device."""
+        ...
+
+    async def device_detail(self, name: str) -> DeviceDetail:
+        """One device with how its rounds ended and how far it agreed with the others."""
+        ...
+
+    async def device_history(self, name: str, page: Page) -> Listing[WorkView]:
+        """Assignments of a device, newest first."""
+        ...
+
+    async def device_counts(self) -> DeviceCounts:
+        """How many devices there are, online and by state, and the tags in use."""
+        ...
+
+    async def device_names(self, ids: frozenset[DeviceId]) -> Mapping[DeviceId, str]:
+        """Names of these devices."""
         ...
 
     async def tokens(self, page: Page) -> Listing[TokenRecord]:
@@ -116,7 +158,7 @@ class Queries(Protocol):
         ...
 
     async def runs(self, page: Page) -> Listing[RunView]:
-        """Runs, newest first."""
+        """Runs, newest first; without the devices of their rounds, but for those that the wait is for."""
         ...
 
     async def run(self, name: str) -> RunView:
@@ -124,22 +166,52 @@ class Queries(Protocol):
         ...
 
     async def rounds(self, run_name: str, page: Page) -> Listing[RoundView]:
-        """Rounds of a run, newest first."""
+        """Rounds of a run, newest first; without their devices."""
+        ...
+
+    async def round(self, run_name: str, number: int, attempt: int | None = None) -> RoundView:
+        """One round (no attempt: the last one) with the first of its devices."""
+        ...
+
+    async def assignments(
+        self, run_name: str, number: int, page: Page, attempt: int | None = None
+    ) -> Listing[AssignmentView]:
+        """Assignments of a round, in their order."""
+        ...
+
+    async def series(self, run_name: str) -> RunSeries:
+        """What is plotted over the rounds of a run; at most 500 versions."""
+        ...
+
+    async def spectrum(self, run_name: str) -> SpectrumMap:
+        """The consensus spectrum of a run by module and round; at most 100 by 60."""
+        ...
+
+    async def lineage(self, run_name: str, page: Page) -> Listing[Ancestor]:
+        """Versions of a run, newest first, with the devices that made them."""
+        ...
+
+    async def contributions(self, run_name: str, version_number: int, page: Page) -> Listing[Contribution]:
+        """The devices that made a version, the largest share first."""
+        ...
+
+    async def exports(self, run_name: str, page: Page) -> Listing[Exportable]:
+        """Versions of a run that can be exported, newest first, with how good they are at each rank."""
         ...
 
     async def versions(self, run_name: str, page: Page) -> Listing[Version]:
         """Published versions of a run, newest first."""
         ...
 
-    async def measurements(self, run_name: str) -> tuple[Measurement, ...]:
-        """Every evaluation of a run, by version, rank and device."""
+    async def measurements(self, run_name: str, page: Page) -> Listing[Measurement]:
+        """Evaluations of a run, by version, rank and device."""
         ...
 
-    async def diagnostics(self, run_name: str, version_number: int) -> tuple[ModuleDiagnostics, ...]:
+    async def diagnostics(self, run_name: str, version_number: int, page: Page) -> Listing[ModuleDiagnostics]:
         """What aggregation measured for a version, by module."""
         ...
 
-    async def audit(self, page: Page) -> Listing[AuditEntry]:
+    async def audit(self, page: Page, wanted: AuditFilter = ...) -> Listing[AuditEntry]:
         """Who did what, newest first."""
         ...
 
@@ -151,8 +223,16 @@ class Queries(Protocol):
         """The server itself."""
         ...
 
+    async def alerts(self) -> tuple[Alert, ...]:
+        """What somebody should look at, the worst first."""
+        ...
+
     async def changed(self, run_name: str, revision: int, timeout: float) -> int:  # noqa: ASYNC109 - a long poll has one
         """The revision of the run as soon as it differs from `revision`, or after `timeout` seconds."""
+        ...
+
+    def events(self, after: str = "", *, heartbeat: float = 15.0) -> AsyncIterator[Batch]:
+        """Batches of changes after that place (empty: from now on) for ever; an empty one every `heartbeat` s."""
         ...
 
 

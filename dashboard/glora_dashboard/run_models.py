@@ -54,14 +54,20 @@ class RoundAnswer(RoundRecordAnswer):
     """One attempt at one round, with its devices."""
 
     seconds: float | None = Field(description="From opening to the end, or until now.")
-    assignments: list[AssignmentAnswer]
+    devices: int = Field(default=0, description="How many devices are in the round.")
+    counts: dict[str, int] = Field(default_factory=dict, description="How many assignments stand in each phase.")
+    assignments: list[AssignmentAnswer] = Field(
+        description="Of one round the first 200, open ones first; in lists none. /rounds/NUMBER/assignments has all."
+    )
 
     @classmethod
     def of(cls, view: RoundView) -> Self:
         """The answer for a view."""
         return cls(
-            **RoundRecordAnswer.of_round(view.round).model_dump(),
+            **RoundRecordAnswer.of_round(view.round).model_dump() | {"accepted": view.accepted},
             seconds=view.seconds,
+            devices=view.devices,
+            counts={phase.value: number for phase, number in view.counts.items()},
             assignments=[AssignmentAnswer.of(assignment) for assignment in view.assignments],
         )
 
@@ -101,7 +107,7 @@ class RunAnswer(Answer):
     spec: RunSpec
     round: RoundAnswer | None
     evaluations: list[AssignmentAnswer]
-    scores: list[ScoreAnswer]
+    scores: list[ScoreAnswer] = Field(description="Of the newest 50 versions; /series has all of them.")
     revision: int = Field(description="Grows with every change; ?wait=REVISION answers when it is another one.")
 
     @classmethod

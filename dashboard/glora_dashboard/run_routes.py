@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Final
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Query
 
 from glora_dashboard.bodies import Abort, Extension, Name, NewRun, PageQuery, PolicyChanges
-from glora_dashboard.models import DiagnosticsAnswer, MeasurementAnswer, PageAnswer, VersionAnswer
+from glora_dashboard.history_routes import history_routes
+from glora_dashboard.models import PageAnswer
 from glora_dashboard.permission import Operator, least
 from glora_dashboard.ports import Commands, Queries
-from glora_dashboard.run_models import RoundAnswer, RoundRecordAnswer, RunAnswer
+from glora_dashboard.run_models import RoundRecordAnswer, RunAnswer
 from glora_server.coordinator.people import Role
 from glora_server.coordinator.run_spec import RunSpec, parse_run_toml
 from glora_wire.errors import GloraError, Reason
@@ -25,13 +26,16 @@ def run_routes(commands: Commands, queries: Queries) -> APIRouter:
     routes = APIRouter(prefix="/runs", tags=["runs"])
     _add_questions(routes, queries)
     _add_commands(routes, commands, queries)
-    return routes
+    both = APIRouter()
+    both.include_router(routes)
+    both.include_router(history_routes(queries))
+    return both
 
 
 def _add_questions(routes: APIRouter, queries: Queries) -> None:
     @routes.get("", dependencies=[least(Role.VIEWER)])
     async def list_runs(page: PageQuery) -> PageAnswer[RunAnswer]:
-        """Runs, newest first."""
+        """Runs, newest first; without the devices of their rounds."""
         listing = await queries.runs(page)
         return PageAnswer(items=[RunAnswer.of(view) for view in listing.items], next_page_token=listing.next_token)
 
@@ -45,29 +49,6 @@ def _add_questions(routes: APIRouter, queries: Queries) -> None:
         if wait is not None:
             await queries.changed(name, wait, timeout)
         return RunAnswer.of(await queries.run(name))
-
-    @routes.get("/{name}/rounds", dependencies=[least(Role.VIEWER)])
-    async def list_rounds(name: Name, page: PageQuery) -> PageAnswer[RoundAnswer]:
-        """Rounds with their devices, newest first."""
-        listing = await queries.rounds(name, page)
-        return PageAnswer(items=[RoundAnswer.of(view) for view in listing.items], next_page_token=listing.next_token)
-
-    @routes.get("/{name}/versions", dependencies=[least(Role.VIEWER)])
-    async def list_versions(name: Name, page: PageQuery) -> PageAnswer[VersionAnswer]:
-        """Published versions, newest first."""
-        listing = await queries.versions(name, page)
-        items = [VersionAnswer.of(version) for version in listing.items]
-        return PageAnswer(items=items, next_page_token=listing.next_token)
-
-    @routes.get("/{name}/measurements", dependencies=[least(Role.VIEWER)])
-    async def list_measurements(name: Name) -> PageAnswer[MeasurementAnswer]:
-        """Every evaluation, by version, rank and device."""
-        return PageAnswer(items=[MeasurementAnswer.of(found) for found in await queries.measurements(name)])
-
-    @routes.get("/{name}/versions/{number}/diagnostics", dependencies=[least(Role.VIEWER)])
-    async def list_diagnostics(name: Name, number: Annotated[int, Path(ge=0)]) -> PageAnswer[DiagnosticsAnswer]:
-        """What aggregation measured for a version, by module."""
-        return PageAnswer(items=[DiagnosticsAnswer.of(found) for found in await queries.diagnostics(name, number)])
 
 
 def _add_commands(routes: APIRouter, commands: Commands, queries: Queries) -> None:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from fastapi import APIRouter
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
-from glora_dashboard.bodies import PageQuery
+from glora_dashboard.bodies import AuditQuery, PageQuery
+from glora_dashboard.device_models import DeviceCountsAnswer
 from glora_dashboard.models import AuditAnswer, HealthAnswer, PageAnswer, StrategyAnswer, SystemAnswer
 from glora_dashboard.permission import ANYBODY, least
+from glora_dashboard.plot_models import AlertAnswer
 from glora_dashboard.ports import HealthProbe, Queries
 from glora_server.coordinator.people import Role
 
@@ -33,15 +35,25 @@ def system_routes(queries: Queries) -> APIRouter:
         """Version, ports, database, worker, certificate authority."""
         return SystemAnswer.of(await queries.system())
 
+    @routes.get("/system/devices", dependencies=[least(Role.VIEWER)])
+    async def count_devices() -> DeviceCountsAnswer:
+        """How many devices there are, online and by state, and the tags in use."""
+        return DeviceCountsAnswer.of(await queries.device_counts())
+
+    @routes.get("/alerts", dependencies=[least(Role.VIEWER)])
+    async def list_alerts() -> PageAnswer[AlertAnswer]:
+        """What somebody should look at, the worst first."""
+        return PageAnswer(items=[AlertAnswer.of(alert) for alert in await queries.alerts()])
+
     @routes.get("/strategies", dependencies=[least(Role.VIEWER)])
     async def list_strategies() -> PageAnswer[StrategyAnswer]:
         """Strategies that a run can choose."""
         return PageAnswer(items=[StrategyAnswer.of(info) for info in await queries.strategies()])
 
     @routes.get("/audit", dependencies=[least(Role.OPERATOR)])
-    async def list_audit(page: PageQuery) -> PageAnswer[AuditAnswer]:
+    async def list_audit(page: PageQuery, wanted: AuditQuery) -> PageAnswer[AuditAnswer]:
         """Who did what, newest first."""
-        listing = await queries.audit(page)
+        listing = await queries.audit(page, wanted)
         return PageAnswer(items=[AuditAnswer.of(entry) for entry in listing.items], next_page_token=listing.next_token)
 
     return routes

@@ -37,8 +37,8 @@ def round_line(round_: RoundAnswer, rounds: int) -> str:
     """Where a round stands, in one line."""
     attempt = f", attempt {round_.attempt}" if round_.attempt > 1 else ""
     parts = [f"round {round_.number} of {rounds}{attempt}: {round_.phase}"]
-    if round_.assignments:
-        parts.append(f"{round_.accepted} of {round_.target or len(round_.assignments)} updates")
+    if round_.devices:
+        parts.append(f"{round_.accepted} of {round_.target or round_.devices} updates")
     if round_.phase in {"collecting", "grace"} and round_.deadline_at is not None:
         parts.append(f"deadline in {span(round_.deadline_at - time.time())}")
     if round_.message:

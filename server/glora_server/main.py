@@ -41,17 +41,18 @@ from glora_server.coordinator.sweeping import sweep
 from glora_server.coordinator.upload_session import Places
 from glora_server.coordinator.uploads import UploadService
 from glora_server.coordinator.views import SystemView
+from glora_server.coordinator.views_history import DeviceCounts
 from glora_server.coordinator.workspace import Workspace
 from glora_server.engines.local import LocalEngine
-from glora_server.memory import keep_buffers
 from glora_server.http_server import TlsFiles, address, first_password, listen, serving
+from glora_server.memory import keep_buffers
 from glora_server.rounds.run import RunPhase
 from glora_server.rpc.server import GrpcServers
 from glora_server.rpc.services import RpcSettings, UseCases
 from glora_server.security.admin_token import AdminToken
 from glora_server.security.authority import FileAuthority
-from glora_server.security.rate import RateLimiter
 from glora_server.security.passwords import Argon2Passwords
+from glora_server.security.rate import RateLimiter
 from glora_server.storage import migrate
 from glora_server.storage.blobs import FsspecBlobs
 from glora_server.storage.store import SqlStore
@@ -81,9 +82,9 @@ class Services:
     enrolment: EnrolmentService
     commands: Commands
     queries: Queries
-
     access: Access
     passwords: Argon2Passwords
+
 
 class Server:
     """A whole server in this process; `async with` starts and stops it."""
@@ -96,7 +97,6 @@ class Server:
         self.services: Services
         self.grpc: GrpcServers
         self.http_port = 0
-
         self.first_admin_password: str | None = None
         """Set at the first start, when it was made up; to be shown once."""
 
@@ -105,6 +105,7 @@ class Server:
         """Where people on this machine open the server."""
         http = self._settings.http
         return address(http.host, self.http_port, encrypted=http.tls != "off")
+
     async def __aenter__(self) -> Server:
         try:
             await self._start()
@@ -124,9 +125,9 @@ class Server:
         services = self.services = self._wire()
         self._stack.push_async_callback(services.store.close)
         self._stack.push_async_callback(services.numerics.close)
-        await sweep(services.store, services.blobs, services.workspace)
         self._stack.callback(services.passwords.close)
         self.first_admin_password = await services.access.ensure_admin(first_password(settings.http))
+        await sweep(services.store, services.blobs, services.workspace)
         await services.engine.start()
         self._stack.push_async_callback(services.engine.close)
         await services.opener.start()
@@ -179,8 +180,8 @@ class Server:
             hub=hub,
             observer=self.metrics,
         )
-        return Services(
         passwords = Argon2Passwords()
+        return Services(
             store=store,
             blobs=blobs,
             workspace=workspace,
@@ -203,7 +204,7 @@ class Server:
                 workspace=workspace,
                 places=places,
             ),
-            enrolment=EnrolmentService(store=store, authority=authority, clock=engine.clock),
+            enrolment=EnrolmentService(store=store, authority=authority, hub=hub, clock=engine.clock),
             commands=Commands(
                 store=store,
                 engine=engine,
@@ -214,7 +215,6 @@ class Server:
                 exporter=Exporter(store=store, readouts=readouts),
                 clock=engine.clock,
             ),
-            queries=Queries(
             access=Access(
                 store=store,
                 passwords=passwords,
@@ -225,6 +225,7 @@ class Server:
                 ),
             ),
             passwords=passwords,
+            queries=Queries(
                 store=store, hub=hub, clock=engine.clock, catalogue=catalogue, system_view=self._system_view
             ),
         )
@@ -275,9 +276,9 @@ class Server:
         else:
             log.info("worker_started", device=services.numerics.device)
 
-    def _system_view(self, uow: UnitOfWork) -> SystemView:
+    def _system_view(self, uow: UnitOfWork, devices: DeviceCounts) -> SystemView:
         settings, services, now = self._settings, self.services, time.time()
-        devices = uow.devices.all()
+        disk = shutil.disk_usage(settings.data_dir)
         return SystemView(
             version=installed_version("glora"),
             started_at=self._started_at,
@@ -290,10 +291,12 @@ class Server:
             worker_device=services.numerics.device,
             authority_pin=services.authority.pin,
             authority_expires_at=services.authority.expires_at,
-            devices=len(devices),
-            online_devices=sum(services.hub.is_online(device.id, now) for device in devices),
+            devices=devices.total,
+            online_devices=devices.online,
             active_runs=sum(run.phase is RunPhase.ACTIVE for run in uow.runs.active()),
-            free_disk_bytes=shutil.disk_usage(settings.data_dir).free,
+            free_disk_bytes=disk.free,
+            disk_bytes=disk.total,
+            worker_restarts=max(0, services.numerics.stats().restarts),
         )
 
 
@@ -339,15 +342,12 @@ async def _serve(settings: Settings) -> None:
             http=server.http_url,
             data_dir=str(settings.data_dir),
         )
+        if server.first_admin_password is not None:
+            _show_first_password(server.http_url, server.first_admin_password)
         await stop.wait()
         log.info("server_stops")
 
-        if server.first_admin_password is not None:
-            _show_first_password(server.http_url, server.first_admin_password)
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGINT or SIGTERM; raises GloraError when the server cannot start."""
-    configure_logging(settings.log.format, settings.log.level)
 def _show_first_password(url: str, password: str) -> None:
     """Tell who started the server how to sign in; never again, and past the log, which masks passwords."""
     sys.stderr.write(
@@ -359,6 +359,9 @@ def _show_first_password(url: str, password: str) -> None:
     sys.stderr.flush()
 
 
+def serve(settings: Settings) -> None:
+    """Serve until SIGINT or SIGTERM; raises GloraError when the server cannot start."""
+    configure_logging(settings.log.format, settings.log.level)
     keep_buffers()
     prepare_data_dir(settings.data_dir)
     asyncio.run(_serve(settings))

@@ -48,6 +48,7 @@ from glora_server.coordinator.sweeping import sweep
 from glora_server.coordinator.upload_session import UploadSession
 from glora_server.coordinator.uploads import UploadService
 from glora_server.coordinator.views import RunView, SystemView
+from glora_server.coordinator.views_history import DeviceCounts
 from glora_server.coordinator.workspace import Workspace
 from glora_server.rounds.assignment import AssignmentKind
 from glora_server.rounds.ids import RunId
@@ -185,7 +186,7 @@ class World:
                 workspace=self.workspace,
                 places=asyncio.Semaphore(self.places),
             ),
-            enrolment=EnrolmentService(store=store, authority=self.authority, clock=self.clock),
+            enrolment=EnrolmentService(store=store, authority=self.authority, hub=hub, clock=self.clock),
             commands=Commands(
                 store=store,
                 engine=engine,
@@ -289,7 +290,7 @@ class World:
         return await self.now.enrolment.enrol(request, "10.0.0.1:5")
 
 
-def _no_system_view(uow: UnitOfWork) -> SystemView:
+def _no_system_view(uow: UnitOfWork, devices: DeviceCounts) -> SystemView:
     raise NotImplementedError("main builds it")
 
 

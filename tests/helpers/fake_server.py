@@ -9,7 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
+from fake_history import FakeHistory
+
 from glora_dashboard.ports import Flavour, HealthCheck
+from glora_server.coordinator.feed import ChangeKind, Feed
 from glora_server.coordinator.model import (
     AuditEntry,
     Device,
@@ -38,6 +41,7 @@ from glora_server.coordinator.views import (
     RunView,
     SystemView,
 )
+from glora_server.coordinator.views_history import AuditFilter, DeviceFilter
 from glora_server.rounds.assignment import Assignment, AssignmentKind, AssignmentPhase
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, TokenId, VersionId
 from glora_server.rounds.round import Round, RoundPhase
@@ -91,7 +95,7 @@ def device(name: str, state: DeviceState = DeviceState.APPROVED) -> Device:
 
 
 @dataclass
-class FakeServer:
+class FakeServer(FakeHistory):
     """Commands and queries over dictionaries; notes every action in `audit_log`."""
 
     device_records: dict[str, Device] = field(default_factory=dict)
@@ -103,6 +107,7 @@ class FakeServer:
     export_folders: list[Path] = field(default_factory=list)
     round_deadline: float = NOW + 240
     news: asyncio.Event = field(default_factory=asyncio.Event)
+    feed: Feed = field(default_factory=Feed)
     completes_when_waited_for: bool = False
     """A run ends as soon as somebody waits for its next change."""
 
@@ -226,8 +231,10 @@ class FakeServer:
 
     # queries
 
-    async def devices(self, page: Page) -> Listing[DeviceView]:
-        return _part([DeviceView(device=found, online=True) for found in self.device_records.values()], page)
+    async def devices(self, page: Page, wanted: DeviceFilter | None = None) -> Listing[DeviceView]:
+        state = None if wanted is None else wanted.state
+        found = [item for item in self.device_records.values() if state in {None, item.state}]
+        return _part([DeviceView(device=item, online=True) for item in found], page)
 
     async def device(self, name: str) -> DeviceView:
         return DeviceView(device=self._device(name), online=True, current=self._assignment(), current_run="demo")
@@ -262,7 +269,7 @@ class FakeServer:
         ]
         return _part(versions, page)
 
-    async def measurements(self, run_name: str) -> tuple[Measurement, ...]:
+    async def measurements(self, run_name: str, page: Page) -> Listing[Measurement]:
         run, _ = self._find(run_name)
         measured = Measurement(
             assignment_id=AssignmentId("a1"),
@@ -278,15 +285,22 @@ class FakeServer:
             seconds=1.5,
             measured_at=NOW,
         )
-        return (measured,)
+        return _part([measured], page)
 
-    async def diagnostics(self, run_name: str, version_number: int) -> tuple[ModuleDiagnostics, ...]:  # noqa: ARG002
+    async def diagnostics(
+        self,
+        run_name: str,
+        version_number: int,  # noqa: ARG002
+        page: Page,
+    ) -> Listing[ModuleDiagnostics]:
         self._find(run_name)
         values = '{"sigma": [3.0, 1.0], "captured": 0.97}'
-        return (ModuleDiagnostics(version_id=VersionId("v1"), module="encoder.layer.0.query", values_json=values),)
+        found = ModuleDiagnostics(version_id=VersionId("v1"), module="encoder.layer.0.query", values_json=values)
+        return _part([found], page)
 
-    async def audit(self, page: Page) -> Listing[AuditEntry]:
-        return _part(self.audit_log[::-1], page)
+    async def audit(self, page: Page, wanted: AuditFilter | None = None) -> Listing[AuditEntry]:
+        actor = "" if wanted is None else wanted.actor
+        return _part([entry for entry in self.audit_log[::-1] if actor in {"", entry.actor}], page)
 
     async def strategies(self) -> tuple[StrategyInfo, ...]:
         return (
@@ -331,6 +345,8 @@ class FakeServer:
         entry = AuditEntry(id=len(self.audit_log) + 1, at=NOW, actor=actor.name, action=action, target=target)
         self.audit_log.append(entry)
         self.revisions[target] = self.revisions.get(target, 0) + 1
+        kind = ChangeKind.RUN if action.startswith("run.") else ChangeKind.DEVICE
+        self.feed.note(kind, target)
         self.news.set()
         self.news = asyncio.Event()
 
@@ -408,6 +424,7 @@ class FakeServer:
                 target=2,
             ),
             assignments=(view,),
+            counts={view.assignment.phase: 1},
             seconds=12.0,
         )
 

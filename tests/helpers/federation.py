@@ -203,9 +203,13 @@ class Federation(Processes):
         raise AssertionError(f"{name}: {what} was not reached in {within:.0f} s; {self._standing(name)}")
 
     def rounds(self, name: str) -> list[RoundAnswer]:
-        """All rounds of the run, the oldest first."""
+        """All rounds of the run with their devices, the oldest first."""
         with self.api() as api:
-            return sorted(api.every(RoundAnswer, f"/runs/{name}/rounds"), key=lambda found: found.created_at)
+            listed = sorted(api.every(RoundAnswer, f"/runs/{name}/rounds"), key=lambda found: found.created_at)
+            return [
+                api.get(RoundAnswer, f"/runs/{name}/rounds/{found.number}", {"attempt": found.attempt})
+                for found in listed
+            ]
 
     def measurements(self, name: str) -> list[MeasurementAnswer]:
         with self.api() as api:

@@ -391,5 +391,5 @@ async def test_a_watch_ends_with_the_next_change(world: World) -> None:
     await phone.offer()
     assert await watching > view.revision
     assert await world.now.queries.changed("first", view.revision, PATIENCE) > view.revision
-    diagnostics = await world.now.queries.diagnostics("first", 0)
-    assert diagnostics == ()
+    diagnostics = await world.now.queries.diagnostics("first", 0, Page())
+    assert diagnostics.items == ()

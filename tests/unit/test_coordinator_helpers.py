@@ -19,11 +19,12 @@ from glora_server.coordinator.folding import summarise
 from glora_server.coordinator.hub import Hub, Signals
 from glora_server.coordinator.model import MetricPhase
 from glora_server.coordinator.readouts import shards
-from glora_server.coordinator.scores import rank_scores
+from glora_server.coordinator.scores import version_scores
 from glora_server.coordinator.staffing import standing_refusal
 from glora_server.coordinator.views import AssignmentView, LiveProgress, RoundView
 from glora_server.coordinator.waiting import span, why_it_waits
-from glora_server.rounds.ids import AssignmentId, DeviceId
+from glora_server.rounds.assignment import AssignmentPhase
+from glora_server.rounds.ids import AssignmentId, DeviceId, RunId
 from glora_server.rounds.run import RunPhase
 from glora_wire.errors import GloraError, Reason, Refusal
 from glora_wire.payload import payload_bytes
@@ -158,7 +159,7 @@ def test_a_round_with_many_devices_names_a_few() -> None:
     views = tuple(AssignmentView(assignment=offered(name), device_name=f"pi-{name}") for name in "abcde")
     live = LiveProgress(phase="training", done=1, total=0, loss=0.0, at=0.0)
     views = (replace(views[0], progress=live), *views[1:])
-    view = RoundView(round=driver.round, assignments=views)
+    view = RoundView(round=driver.round, assignments=views, counts={AssignmentPhase.OFFERED: 5})
     said = why_it_waits(run(), spec(), view, "", now=40.0)
     assert said == (
         "0 of 5 updates are in (at least 2 needed); pi-a training, pi-b offered, pi-c offered and 2 more; "
@@ -177,13 +178,14 @@ def test_before_the_first_round_planning_has_the_word() -> None:
 
 
 def test_scores_are_means_weighted_by_rows() -> None:
-    found = rank_scores(
+    found = version_scores(
+        RunId("id-first"),
         [
             measurement("a1", rows=30, accuracy=1.0, loss=1.0),
             measurement("a2", rows=10, accuracy=0.0, loss=5.0, device_id=DeviceId("other")),
             measurement("a1", rank=2, accuracy=0.5),
             measurement("a1", phase=MetricPhase.AFTER),
-        ]
+        ],
     )
     assert [(s.phase, s.rank) for s in found] == [
         (MetricPhase.AFTER, 8),
@@ -191,7 +193,9 @@ def test_scores_are_means_weighted_by_rows() -> None:
         (MetricPhase.BEFORE, 8),
     ]
     assert (found[-1].accuracy, found[-1].loss, found[-1].rows, found[-1].devices) == (0.75, 2.0, 40, 2)
-    assert rank_scores([]) == ()
+    assert found[-1].losses is not None
+    assert (found[-1].losses.least, found[-1].losses.median, found[-1].losses.greatest) == (1.0, 3.0, 5.0)
+    assert version_scores(RunId("id-first"), []) == ()
 
 
 def test_a_summary_has_means_of_numbers_only() -> None:

@@ -127,7 +127,7 @@ class Commands:
 
         device, _ = await self.engine.commit(work, moved=lambda made: made[1])
         if state is DeviceState.APPROVED:
-            self.hub.wake_device(device.id)
+            self.hub.device_changed(device.id)
             await self.opener.device_arrived()
         else:
             self.hub.forget_device(device.id)
@@ -159,7 +159,7 @@ class Commands:
             return saved
 
         device = await self.store.write(work)
-        self.hub.wake_device(device.id)
+        self.hub.device_changed(device.id)
         await self.opener.device_arrived()
         return device
 

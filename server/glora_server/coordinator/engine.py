@@ -113,7 +113,7 @@ class Engine:
                 self._assignment_moved(assignment, done.after)
         if done.before.phase is not done.after.phase:
             _log_round(done.after)
-        self._hub.run_changed(done.after.run_id)
+        self._hub.round_changed(done.after.run_id, done.after.id, done.after.number)
 
     def _assignment_moved(self, assignment: Assignment, round_: Round) -> None:
         log.info(

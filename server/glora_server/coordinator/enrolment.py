@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.messages import EnrolmentRecord, EnrolRequestRecord
 from glora_server.coordinator.model import AuditEntry, Device, DeviceState, TokenRecord
 from glora_server.coordinator.ports import Authority, IssuedCertificate, Store, UnitOfWork
@@ -29,6 +30,7 @@ class EnrolmentService:
 
     store: Store
     authority: Authority
+    hub: Hub
     clock: Callable[[], float]
 
     async def enrol(self, request: EnrolRequestRecord, peer: str) -> EnrolmentRecord:
@@ -44,6 +46,7 @@ class EnrolmentService:
         certificate = self.authority.issue(request.certificate_request_pem, device_id, request.name)
         fresh = self._fresh(request, key, certificate, device_id)
         device = await self.store.write(partial(self._enrol, request, key, fresh, peer))
+        self.hub.device_changed(device.id)
         log.info("device_enrolled", device=device.id, name=device.name, peer=peer, state=device.state.value)
         return self._record(device)
 

@@ -9,10 +9,12 @@ import asyncio
 import contextlib
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
+from glora_server.coordinator.feed import ChangeKind, Feed
 from glora_server.coordinator.model import Profile
 from glora_server.coordinator.views import LiveProgress
-from glora_server.rounds.ids import AssignmentId, DeviceId, RunId
+from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId
 
 Available = Mapping[DeviceId, tuple[Profile, float]]
 """What each device says about itself, and since when it says so."""
@@ -21,6 +23,10 @@ _FRESH_SECONDS = 10.0
 
 _GONE_SECONDS = 60.0
 """A device that was silent for so long is offline; when it comes back it may have been restarted."""
+
+
+ROSTER: Final = ("roster",)
+"""The signal for "a device was enrolled or changed"."""
 
 
 class Signals:
@@ -93,6 +99,8 @@ class Hub:
     """Presence, progress, traffic, waiting sentences and wake-ups."""
 
     signals: Signals = field(default_factory=Signals)
+    feed: Feed = field(default_factory=Feed)
+    """What changed, for those who watch."""
     waiting: dict[RunId, str] = field(default_factory=dict)
     """Why the run's next round does not open, a sentence."""
     progress: dict[AssignmentId, LiveProgress] = field(default_factory=dict)
@@ -109,6 +117,8 @@ class Hub:
             known.since, known.told = at, frozenset()
         known.profile, known.last_seen_at = profile, at
         known.polls += 1
+        if news:
+            self.feed.note(ChangeKind.DEVICE, device_id)
         return news
 
     def leave(self, device_id: DeviceId, at: float, *, lost: bool) -> None:
@@ -117,6 +127,8 @@ class Hub:
         if known is not None:
             known.polls = max(0, known.polls - 1)
             known.last_seen_at = at - _FRESH_SECONDS if lost and known.polls == 0 else at
+            if lost:
+                self.feed.note(ChangeKind.DEVICE, device_id)
 
     def is_news(self, device_id: DeviceId, notices: frozenset[tuple[str, str]]) -> bool:
         """Whether the device has not been told all of these (run, reason) pairs yet."""
@@ -138,7 +150,7 @@ class Hub:
     def forget_device(self, device_id: DeviceId) -> None:
         """The device may not work any more."""
         self._present.pop(device_id, None)
-        self.signals.notify(("device", device_id))
+        self.device_changed(device_id)
 
     def available(self, at: float) -> Available:
         """Devices that would take work now."""
@@ -187,18 +199,30 @@ class Hub:
         traffic.down += down
         traffic.up += up
 
+    def device_changed(self, device_id: DeviceId) -> None:
+        """A device was enrolled, or somebody changed what it may do."""
+        self.signals.notify(ROSTER)
+        self.wake_device(device_id)
+
     def wake_device(self, device_id: DeviceId) -> None:
-        """Let the device's open question be answered again."""
+        """Let the device's open question be answered again: there is work for it, or it lost what it had."""
         self.signals.notify(("device", device_id))
+        self.feed.note(ChangeKind.DEVICE, device_id)
 
     def wake_all(self) -> None:
         """Let every open question be answered again."""
         for device_id in list(self._present):
-            self.wake_device(device_id)
+            self.signals.notify(("device", device_id))
 
     def run_changed(self, run_id: RunId) -> None:
         """Tell everyone who watches the run."""
         self.signals.notify(("run", run_id))
+        self.feed.note(ChangeKind.RUN, run_id)
+
+    def round_changed(self, run_id: RunId, round_id: RoundId, number: int) -> None:
+        """Tell everyone who watches the run or the round."""
+        self.feed.note(ChangeKind.ROUND, round_id, run_id=run_id, number=number)
+        self.run_changed(run_id)
 
     def drop_assignments(self, assignment_ids: Iterable[AssignmentId]) -> None:
         """Forget the live side of assignments that are over for good."""

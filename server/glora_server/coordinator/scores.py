@@ -73,8 +73,3 @@ def _mean(pairs: Sequence[tuple[float, int]]) -> float:
     known = [(value, rows) for value, rows in pairs if math.isfinite(value)]
     total = sum(rows for _, rows in known)
     return math.fsum(value * rows for value, rows in known) / total if total else math.nan
-
-
-def rank_scores(measurements: Iterable[Measurement]) -> tuple[RankScore, ...]:
-    """The same as `version_scores`, without the spreads."""
-    return tuple(rank_score(score) for score in version_scores(RunId(""), measurements))

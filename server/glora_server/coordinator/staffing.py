@@ -9,6 +9,7 @@ from glora_server.coordinator.hub import Available
 from glora_server.coordinator.model import Device, DeviceState, Profile, Run
 from glora_server.coordinator.ports import UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
+from glora_server.coordinator.views_history import RosterEntry
 from glora_server.rounds.ids import DeviceId
 from glora_server.rounds.plan import Candidate, Requirements
 from glora_wire.errors import Refusal
@@ -26,7 +27,7 @@ def requirements(run: Run, spec: RunSpec) -> Requirements:
     )
 
 
-def candidate(device: Device, profile: Profile, declined: Refusal | None) -> Candidate:
+def candidate(device: Device | RosterEntry, profile: Profile, declined: Refusal | None) -> Candidate:
     """The device as planning sees it."""
     return Candidate(
         device_id=device.id,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from glora_server.coordinator.model import Device, MetricPhase, Run
 from glora_server.coordinator.run_spec import RunSpec
-from glora_server.rounds.assignment import Assignment
+from glora_server.rounds.assignment import Assignment, AssignmentPhase
 from glora_server.rounds.round import Round
 
 
@@ -37,12 +38,25 @@ class AssignmentView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundView:
-    """A round with its devices."""
+    """A round with its devices, or with the first of them."""
 
     round: Round
+    """Its `assignments` are those that are shown; `counts` knows all of them."""
     assignments: tuple[AssignmentView, ...]
+    counts: Mapping[AssignmentPhase, int]
+    """How many assignments stand in each phase."""
     seconds: float | None = None
     """From opening to the end, or until now; None before it was opened."""
+
+    @property
+    def devices(self) -> int:
+        """How many devices are in the round."""
+        return sum(self.counts.values())
+
+    @property
+    def accepted(self) -> int:
+        """Updates that were accepted so far."""
+        return self.counts.get(AssignmentPhase.ACCEPTED_UPDATE, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,8 +89,9 @@ class RunView:
     online_devices: int = 0
     """Those of them that are there."""
     evaluations: tuple[AssignmentView, ...] = ()
-    """Open assignments that belong to no round."""
+    """Open assignments that belong to no round; the first hundred."""
     scores: tuple[RankScore, ...] = ()
+    """Of the newest versions; queries.series has all of them."""
     revision: int = 0
     """Grows with every change of the run; for waiting on the next one."""
 
@@ -114,6 +129,11 @@ class SystemView:
     online_devices: int
     active_runs: int
     free_disk_bytes: int
+    disk_bytes: int = 0
+    """All of the disk that the data folder lies on."""
+    database_bytes: int = 0
+    worker_restarts: int = 0
+    """How often the worker had to be started again since the server started."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -236,6 +236,17 @@ class DeviceDetail:
     """Names of the runs that they belong to."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceLine:
+    """A device as a list shows it."""
+
+    device: DeviceView
+    reliability: float | None
+    """Accepted updates of all rounds that waited for it; None before the first."""
+    agreement: Contribution | None
+    """Its newest contribution; None before the first."""
+
+
 def reliability(outcomes: Mapping[Outcome, int]) -> float | None:
     """Accepted updates as a share of the rounds that waited for the device; None when none did."""
     counted = sum(number for outcome, number in outcomes.items() if outcome is not Outcome.NOT_NEEDED)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from glora_server.coordinator.model import Run
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.views import AssignmentView, RoundView
-from glora_server.rounds.round import GATHERING, Round, RoundPhase
+from glora_server.rounds.assignment import OPEN
+from glora_server.rounds.round import GATHERING, RoundPhase
 from glora_server.rounds.run import RunPhase
 
 _SHOWN = 3
@@ -28,19 +29,20 @@ def _active(view: RoundView | None, planning: str, now: float) -> str:
     if view is None or view.round.phase is RoundPhase.PLANNED:
         return planning or "The next round is being planned."
     if view.round.phase in GATHERING:
-        return _gathering(view.round, view.assignments, now)
+        return _gathering(view, now)
     if view.round.phase is RoundPhase.AGGREGATING:
-        return f"{view.round.accepted} updates are being aggregated."
+        return f"{view.accepted} updates are being aggregated."
     return planning
 
 
-def _gathering(round_: Round, views: tuple[AssignmentView, ...], now: float) -> str:
-    wanted = round_.target or len(views)
-    parts = [f"{round_.accepted} of {wanted} updates are in (at least {round_.policy.quorum} needed)"]
-    busy = [_doing(view) for view in views if view.assignment.is_open]
+def _gathering(view: RoundView, now: float) -> str:
+    round_ = view.round
+    wanted = round_.target or view.devices
+    parts = [f"{view.accepted} of {wanted} updates are in (at least {round_.policy.quorum} needed)"]
+    busy = [_doing(item) for item in view.assignments if item.assignment.is_open]
     if busy:
-        more = f" and {len(busy) - _SHOWN} more" if len(busy) > _SHOWN else ""
-        parts.append(", ".join(busy[:_SHOWN]) + more)
+        left = sum(number for phase, number in view.counts.items() if phase in OPEN) - min(len(busy), _SHOWN)
+        parts.append(", ".join(busy[:_SHOWN]) + (f" and {left} more" if left > 0 else ""))
     if round_.deadline_at is not None:
         parts.append(f"deadline in {span(round_.deadline_at - now)}")
     return "; ".join(parts) + "."
