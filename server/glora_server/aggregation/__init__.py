@@ -5,7 +5,13 @@ ways to do it, `dense_average` is for tensors that are not LoRA factors. Nothing
 clock, file or setting.
 """
 
-from glora_server.aggregation.api import aggregate, aggregate_with_options, check_options, readout
+from glora_server.aggregation.api import (
+    aggregate,
+    aggregate_many,
+    aggregate_with_options,
+    check_options,
+    readout,
+)
 from glora_server.aggregation.dense import dense_average
 from glora_server.aggregation.diagnostics import ClientDiagnostics, Diagnostics, PrincipalAngles
 from glora_server.aggregation.errors import AggregationError
@@ -49,6 +55,7 @@ __all__ = [
     "UploadSet",
     "Volume",
     "aggregate",
+    "aggregate_many",
     "aggregate_with_options",
     "canonical_state",
     "check_options",

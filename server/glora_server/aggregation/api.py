@@ -31,6 +31,37 @@ def aggregate(
     return aggregate_with_options(strategy, state, updates, rank=rank, options=options, round_index=round_index)
 
 
+def aggregate_many(
+    strategy: str | Strategy,
+    states: Sequence[LayerState | None],
+    updates: Sequence[Sequence[ClientUpdate]],
+    *,
+    rank: int,
+    options: Mapping[str, OptionValue],
+    round_index: int = 0,
+    batched: bool | None = None,
+) -> tuple[AggregationResult, ...]:
+    """`aggregate` of several modules: a state and a round's updates for each, all on one device.
+
+    `batched`: whether a strategy may compute modules of one layout together, by default on a CUDA device only, where a
+    loop over small matrices costs more than the arithmetic; a CPU is faster with one module at a time. The results
+    agree with those of single calls to rounding. Batches take about three times the memory of their float32 factors
+    beyond the inputs: give no more modules than that leaves room for. Raises AggregationError for the first module
+    that is wrong, before anything is computed.
+    """
+    chosen = find_strategy(strategy) if isinstance(strategy, str) else strategy
+    resolved = resolve_options(chosen.name, chosen.options, options)
+    for state, of_module in zip(states, updates, strict=True):
+        _check(chosen, state, of_module, rank=rank, round_index=round_index, options=resolved)
+    if not updates:
+        return ()
+    together = updates[0][0].b.is_cuda if batched is None else batched
+    results = chosen.aggregate_many(
+        states, updates, rank=rank, round_index=round_index, options=resolved, batched=together
+    )
+    return tuple(results)
+
+
 def aggregate_with_options(
     strategy: str | Strategy,
     state: LayerState | None,
@@ -43,12 +74,7 @@ def aggregate_with_options(
     """`aggregate` for callers that hold a run's options as a mapping."""
     chosen = find_strategy(strategy) if isinstance(strategy, str) else strategy
     resolved = resolve_options(chosen.name, chosen.options, options)
-    if rank < 1:
-        raise RankError(f"The server rank is {rank}; it must be at least 1.")
-    check_updates(updates)
-    check_uploaded(updates, chosen.contract(resolved, round_index=round_index).upload, name=chosen.name)
-    if state is not None:
-        _check_fits(state, chosen, updates[0])
+    _check(chosen, state, updates, rank=rank, round_index=round_index, options=resolved)
     return chosen.aggregate(state, updates, rank=rank, round_index=round_index, options=resolved)
 
 
@@ -78,6 +104,23 @@ def check_options(strategy: str, options: Mapping[str, OptionValue]) -> Mapping[
     resolved = resolve_options(strategy, chosen.options, options)
     chosen.contract(resolved)  # raises when options do not go together
     return resolved
+
+
+def _check(
+    strategy: Strategy,
+    state: LayerState | None,
+    updates: Sequence[ClientUpdate],
+    *,
+    rank: int,
+    round_index: int,
+    options: Mapping[str, OptionValue],
+) -> None:
+    if rank < 1:
+        raise RankError(f"The server rank is {rank}; it must be at least 1.")
+    check_updates(updates)
+    check_uploaded(updates, strategy.contract(options, round_index=round_index).upload, name=strategy.name)
+    if state is not None:
+        _check_fits(state, strategy, updates[0])
 
 
 def _check_fits(state: LayerState, strategy: Strategy, update: ClientUpdate) -> None:

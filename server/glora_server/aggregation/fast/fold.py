@@ -14,7 +14,6 @@ from glora_server.aggregation.strategies.base import AggregationResult
 
 _FINEST_RANK_TOL = 1e-6
 _ROUNDING = 1e-7
-_STACK_BYTES = 4 << 30
 
 
 def can_do(rule: VoteRule, updates: Sequence[ClientUpdate]) -> bool:
@@ -47,32 +46,27 @@ def fast_round(
 
 
 def fast_rounds(rule: VoteRule, modules: Sequence[ModuleRound], *, rank: int) -> list[AggregationResult | None]:
-    """The same for many modules, which `can_do`: those of one layout in batches, as a GPU wants it.
+    """The same for many modules, which `can_do`: all those of one layout together, as a GPU wants it.
 
-    A batch holds at most 4 GiB of float32 factors, twice that with their copies, or a single module.
+    Beyond the inputs this takes about three times their size in float32, so the caller bounds how many come at once.
     """
     alike: dict[tuple[object, ...], list[int]] = {}
     for position, module in enumerate(modules):
         alike.setdefault(module.layout(), []).append(position)
     results: list[AggregationResult | None] = [None] * len(modules)
     for positions in alike.values():
-        size = max(1, _STACK_BYTES // _bytes(modules[positions[0]]))
-        for start in range(0, len(positions), size):
-            chosen = positions[start : start + size]
-            found = _computed(rule, [modules[i] for i in chosen], rank=rank, stack=True)
-            for position, result in zip(chosen, found or (), strict=found is not None):
+        found = _computed(rule, [modules[i] for i in positions], rank=rank, stack=True)
+        if found is not None:
+            for position, result in zip(positions, found, strict=True):
                 results[position] = result
     return results
-
-
-def _bytes(module: ModuleRound) -> int:
-    return 4 * sum(update.b.numel() + update.a.numel() for update in module.updates)
 
 
 def _computed(
     rule: VoteRule, modules: Sequence[ModuleRound], *, rank: int, stack: bool
 ) -> list[AggregationResult] | None:
     groups = read_groups(rule, modules, stack=stack)
+    rank = min(rank, groups[0].devices.shape.d)
     if not pays(groups, rank):
         return None
     probes = probe(groups)

@@ -178,6 +178,22 @@ class Strategy(Protocol):
         """The next state; updates, state and options have been checked."""
         raise NotImplementedError
 
+    def aggregate_many(
+        self,
+        states: Sequence[LayerState | None],
+        updates: Sequence[Sequence[ClientUpdate]],
+        *,
+        rank: int,
+        round_index: int,
+        options: Mapping[str, OptionValue],
+        batched: bool,  # noqa: ARG002  # the default has no batches
+    ) -> list[AggregationResult]:
+        """`aggregate` of each module; `batched` allows modules of one layout to be computed together."""
+        return [
+            self.aggregate(state, of_module, rank=rank, round_index=round_index, options=options)
+            for state, of_module in zip(states, updates, strict=True)
+        ]
+
     @abstractmethod
     def readout(
         self, state: LayerState, rank: int, scale: float, *, key: RefillKey, style: ReadoutStyle

@@ -28,8 +28,8 @@ from glora_server.aggregation.factors import (
     normalised_weights,
     state_dtype,
 )
-from glora_server.aggregation.fast.fold import fast_round
-from glora_server.aggregation.fast.intake import VoteRule
+from glora_server.aggregation.fast.fold import can_do, fast_round, fast_rounds
+from glora_server.aggregation.fast.intake import VoteRule, module_round
 from glora_server.aggregation.frame import Coordinates, rounding_floor
 from glora_server.aggregation.rules import RoundTerms, Rule, round_terms
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, slice_readout, state_from_svd
@@ -141,12 +141,12 @@ class Glora(Strategy):
     ) -> AggregationResult:
         """P·Σp_iX_i in the canonical gauge, cut to `rank`."""
         chosen = _parsed(options)
-        tolerance = default_rank_tol(updates[0].b.dtype) if chosen.rank_tol is None else chosen.rank_tol
+        tolerance = _tolerance(chosen, updates)
         weights = normalised_weights([update.weight for update in updates])
         anchored = chosen.voting.anchor > 0
         rank = min(rank, updates[0].b.shape[0])  # not n: K may need more directions than S can have
         if chosen.fast and chosen.energy is None:
-            votes = VoteRule(rule=chosen.rule, eta=chosen.eta, rank_tol=tolerance, voting=chosen.voting)
+            votes = _vote_rule(chosen, updates)
             if (result := fast_round(votes, state, updates, weights, rank=rank)) is not None:
                 return result
         terms = round_terms(chosen.rule, state, updates, weights, eta=chosen.eta, anchored=anchored)
@@ -167,6 +167,37 @@ class Glora(Strategy):
             state=new,
             diagnostics=_diagnostics(terms, updates, common=common, mean=mean, previous=state, new=new, rank=rank),
         )
+
+    @override
+    def aggregate_many(
+        self,
+        states: Sequence[LayerState | None],
+        updates: Sequence[Sequence[ClientUpdate]],
+        *,
+        rank: int,
+        round_index: int,
+        options: Mapping[str, OptionValue],
+        batched: bool,
+    ) -> list[AggregationResult]:
+        """Fast rounds in batches, all that these do not do one by one."""
+        chosen = _parsed(options)
+        found: list[AggregationResult | None] = [None] * len(updates)
+        if batched and chosen.fast and chosen.energy is None:
+            # One rule for all that share a wire dtype, from which the rank tolerance may come.
+            able = [i for i, of_module in enumerate(updates) if can_do(_vote_rule(chosen, of_module), of_module)]
+            for dtype in dict.fromkeys(updates[i][0].b.dtype for i in able):
+                alike = [i for i in able if updates[i][0].b.dtype == dtype]
+                rule = _vote_rule(chosen, updates[alike[0]])
+                modules = [
+                    module_round(rule, states[i], updates[i], normalised_weights([u.weight for u in updates[i]]))
+                    for i in alike
+                ]
+                for i, result in zip(alike, fast_rounds(rule, modules, rank=rank), strict=True):
+                    found[i] = result
+        return [
+            result or self.aggregate(state, of_module, rank=rank, round_index=round_index, options=options)
+            for result, state, of_module in zip(found, states, updates, strict=True)
+        ]
 
     @override
     def readout(
@@ -197,6 +228,14 @@ def _parsed(options: Mapping[str, OptionValue]) -> GloraOptions:
         energy=optional_number(options, "energy"),
         fast=options["accuracy"] == "fast",
     )
+
+
+def _tolerance(chosen: GloraOptions, updates: Sequence[ClientUpdate]) -> float:
+    return default_rank_tol(updates[0].b.dtype) if chosen.rank_tol is None else chosen.rank_tol
+
+
+def _vote_rule(chosen: GloraOptions, updates: Sequence[ClientUpdate]) -> VoteRule:
+    return VoteRule(rule=chosen.rule, eta=chosen.eta, rank_tol=_tolerance(chosen, updates), voting=chosen.voting)
 
 
 def _diagnostics(
