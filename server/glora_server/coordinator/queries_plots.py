@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 
 from glora_server.coordinator.model import Listing, MetricPhase, Page, Run, Version
@@ -58,9 +59,12 @@ def _quality(scores: Sequence[VersionScore]) -> tuple[QualityPoint, ...]:
     for score in scores:
         key = score.version_number, score.phase
         largest[key] = max(largest.get(key, 0), score.rank)
-    return tuple(
-        QualityPoint(score=score, largest=largest[score.version_number, score.phase] == score.rank) for score in scores
-    )
+    return tuple(_quality_point(score, largest[score.version_number, score.phase] == score.rank) for score in scores)
+
+
+def _quality_point(score: VersionScore, largest: bool) -> QualityPoint:
+    """Plots draw a spread around the curve of the largest rank only; those of the others would be most of the bytes."""
+    return QualityPoint(score=score if largest else replace(score, accuracies=None, losses=None), largest=largest)
 
 
 def _point(number: int, values: Mapping[str, float]) -> VersionPoint:
