@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import os
 import shutil
 import signal
 import socket
@@ -262,6 +264,7 @@ class Server:
             health=_Health(services, self.grpc),
             metrics_text=self.metrics.text,
             work_dir=settings.data_dir / "scratch",
+            with_pages=True,
         )
         files = TlsFiles.of(settings.http, settings.data_dir, services.authority)
         async with serving(self.metrics.web(app), listener, files, proxies=settings.http.proxies):
@@ -364,4 +367,11 @@ def serve(settings: Settings) -> None:
     configure_logging(settings.log.format, settings.log.level)
     keep_buffers()
     prepare_data_dir(settings.data_dir)
+    _load_pages(settings.data_dir)
     asyncio.run(_serve(settings))
+
+
+def _load_pages(data_dir: Path) -> None:
+    """Import what the pages need: NiceGUI wants to be there before an event loop, and reads where it may write."""
+    os.environ.setdefault("NICEGUI_STORAGE_PATH", str(data_dir / "scratch" / "nicegui"))
+    importlib.import_module("glora_dashboard.pages.mounting")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -30,9 +30,9 @@ def keep_fresh(site: Site, refresh: Refresh, *, run: str = "") -> None:
 
     async def follow() -> None:
         await client.connected()
-        revision = -1
-        while not client.is_deleted:
-            revision = await _changed(site, run, revision)
+        async for _ in _changes(site, run):
+            if client.is_deleted:
+                return
             if client.has_socket_connection:
                 await refresh()
             await asyncio.sleep(_PAUSE_SECONDS)
@@ -54,9 +54,12 @@ def keep_fresh(site: Site, refresh: Refresh, *, run: str = "") -> None:
     client.on_delete(leave)
 
 
-async def _changed(site: Site, run: str, revision: int) -> int:
-    """The next revision of what the page shows, after some seconds at the latest."""
-    if run:
-        return await site.queries.changed(run, revision, _AGE_SECONDS)
-    await asyncio.sleep(_AGE_SECONDS)
-    return revision
+async def _changes(site: Site, run: str) -> AsyncIterator[None]:
+    """Comes back whenever what the page shows may have changed, and after some seconds at the latest."""
+    if not run:
+        async for _ in site.queries.events(heartbeat=_AGE_SECONDS):
+            yield
+    revision = -1
+    while run:
+        revision = await site.queries.changed(run, revision, _AGE_SECONDS)
+        yield

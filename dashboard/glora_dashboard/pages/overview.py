@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,13 +11,15 @@ from markupsafe import Markup
 from glora_dashboard.pages import format as fmt
 from glora_dashboard.pages.frame import frame, page
 from glora_dashboard.pages.live import keep_fresh
-from glora_dashboard.pages.parts import Block, anchor, bar, join, pill, sparkline
+from glora_dashboard.pages.parts import Block, anchor, bar, icon, join, pill, sparkline
 from glora_dashboard.pages.quality import best_by_version
-from glora_dashboard.pages.signs import RUN_TONES
+from glora_dashboard.pages.signs import RUN_TONES, SEVERITY_SIGNS
 from glora_dashboard.pages.site import Site, may
 from glora_server.coordinator.model import Page
 from glora_server.coordinator.people import Role
 from glora_server.coordinator.views import RunView, SystemView
+from glora_server.coordinator.views_plots import Alert
+from glora_server.rounds.round import GATHERING
 from glora_server.rounds.run import RunPhase
 
 SHOWN_RUNS: Final = 20
@@ -27,6 +30,7 @@ class _Seen:
     system: SystemView
     runs: tuple[RunView, ...]
     more_runs: bool
+    alerts: tuple[Alert, ...]
 
 
 @page("/", title="Overview", nav="Overview")
@@ -35,11 +39,13 @@ async def overview(site: Site) -> None:
     seen = await _look(site)
     with frame("Overview"):
         tiles = Block(_tiles(seen))
+        alerts = Block(alert_list(seen.alerts)).props('aria-live="polite"')
         runs = Block(_runs(seen, operator=may(Role.OPERATOR)))
 
         async def refresh() -> None:
             fresh = await _look(site)
             tiles.show(_tiles(fresh))
+            alerts.show(alert_list(fresh.alerts))
             runs.show(_runs(fresh, operator=may(Role.OPERATOR)))
 
         keep_fresh(site, refresh)
@@ -47,7 +53,12 @@ async def overview(site: Site) -> None:
 
 async def _look(site: Site) -> _Seen:
     listing = await site.queries.runs(Page(size=SHOWN_RUNS))
-    return _Seen(system=await site.queries.system(), runs=listing.items, more_runs=bool(listing.next_token))
+    return _Seen(
+        system=await site.queries.system(),
+        runs=listing.items,
+        more_runs=bool(listing.next_token),
+        alerts=await site.queries.alerts(),
+    )
 
 
 def _tiles(seen: _Seen) -> Markup:
@@ -60,6 +71,22 @@ def _tiles(seen: _Seen) -> Markup:
     )
     rows = join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in cells)
     return Markup('<dl class="tiles">{}</dl>').format(rows)
+
+
+def alert_list(alerts: Sequence[Alert]) -> Markup:
+    """What needs a person, the worst first; nothing when nothing does."""
+    if not alerts:
+        return Markup("")
+    rows = []
+    for alert in alerts:
+        tone, word = SEVERITY_SIGNS[alert.severity]
+        sentence = Markup('<span><b class="visually-hidden">{}: </b>{}</span>').format(word, alert.message)
+        rows.append(
+            Markup('<li class="{}" data-key="{}-{}">{}{}</li>').format(
+                tone, alert.code, alert.target, icon(tone), sentence
+            )
+        )
+    return Markup('<ul class="alerts">{}</ul>').format(join(rows))
 
 
 def _runs(seen: _Seen, *, operator: bool) -> Markup:
@@ -89,17 +116,32 @@ def run_card(view: RunView) -> Markup:
     total = view.spec.policy.rounds
     return Markup(
         '<article class="run" data-key="{key}"><div><div class="run-name">{name}{state}</div>'
-        '<p class="why">{why}</p><div class="rounds"><span>{rounds}</span>{bar}<span>{devices}</span></div></div>'
+        '<p class="why">{why}</p><div class="rounds"><div><span>{rounds}</span>{bar}</div>{now}<span>{devices}</span></div></div>'
         "{quality}</article>"
     ).format(
         key=run.id,
         name=anchor(run.name, f"/runs/{run.name}"),
         state=pill(RUN_TONES[run.phase], run.phase.value),
         why=view.waiting or "It is going on.",
-        rounds=f"{run.rounds_done} of {fmt.count(total, 'round')}",
+        rounds=f"{run.rounds_done:,} of {fmt.count(total, 'round')}",
         bar=bar(run.rounds_done / total, label=f"Rounds of {run.name}", tone=_bar_tone(run.phase)),
-        devices=f"{view.online_devices} of {view.eligible_devices} online",
+        now=_round_line(view),
+        devices=f"{view.online_devices:,} of {fmt.count(view.eligible_devices, 'device')} online",
         quality=_quality(view),
+    )
+
+
+def _round_line(view: RunView) -> Markup:
+    current = view.round
+    if current is None or current.round.phase not in GATHERING:
+        return Markup("")
+    wanted = current.round.target or current.devices or 1
+    tone = "good" if current.accepted >= current.round.policy.quorum else "active"
+    return Markup("<div><span>Round {}: {} of {}</span>{}</div>").format(
+        current.round.number,
+        current.accepted,
+        fmt.count(wanted, "update"),
+        bar(current.accepted / wanted, label=f"Updates of round {current.round.number}", tone=tone),
     )
 
 
