@@ -29,7 +29,7 @@ class TokenForm:
         self._port = enrolment_port
         self.made: Callable[[], Awaitable[None]] | None = None
         self._trouble = Trouble()
-        with ui.element("div").classes("form two"):
+        with ui.element("div").classes("form three"):
             self._what = text_field("What it is for", hint="So that you know it again, such as: lab, rack 3.")
             self._uses = number_field("Devices that may join with it", 1, least=1)
             self._ends = choice_field("Valid for", dict(_TIMES), "86400")
