@@ -21,6 +21,7 @@ from glora_server.rounds.ids import DeviceId, RunId, VersionId
 from glora_server.rounds.round import RoundPhase
 from glora_server.rounds.run import RunPhase
 from glora_server.storage.store import SqlStore
+from glora_server.telemetry import memory
 from glora_server.telemetry import runs as runs_module
 from glora_server.telemetry.metrics import Metrics
 from glora_wire.errors import GloraError, Reason
@@ -177,7 +178,7 @@ async def test_counters_of_the_worker_are_followed_and_never_added_twice(
     assert value(metrics, "glora_worker_busy_seconds_total") == 1.5
     assert value(metrics, "glora_worker_queued_jobs") == 3
     assert value(metrics, "glora_worker_peak_bytes") == 1000
-    assert value(metrics, "glora_worker_resident_bytes") > 1_000_000, "this process is larger than that"
+    assert 1_000_000 < value(metrics, "glora_worker_resident_bytes") < value(metrics, "glora_memory_size_bytes")
 
 
 async def test_a_run_is_shown_while_it_goes_on_and_then_removed(
@@ -242,3 +243,14 @@ async def test_sampling_outlives_a_database_that_is_away(tmp_path: Path, monkeyp
     assert value(metrics, "glora_worker_peak_bytes") == 1000
     assert value(metrics, "glora_database_queued_jobs") == 5
     assert value(metrics, "glora_database_bytes") == 0
+
+
+def test_a_container_has_the_memory_that_it_is_limited_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(memory, "_CGROUP_LIMITS", (limit, tmp_path / "nowhere"))
+    machine = memory.memory_size()
+    limit.write_text("max\n")
+    assert memory.memory_size() == machine
+    limit.write_text("1048576\n")
+    assert memory.memory_size() == 1048576
+    assert (memory.resident_bytes(0), memory.resident_bytes(2**22 + 1)) == (0, 0)

@@ -53,7 +53,8 @@ class Metrics:
     def _begin_at_zero(self) -> None:
         """Show what can be foreseen before it happens: a rate sees no first event of a series that was not there."""
         for method in _METHODS:
-            self._rpc.labels(method=method, code="OK")
+            for code in ("OK", "INTERNAL"):
+                self._rpc.labels(method=method, code=code)
             self._rpc_seconds.labels(method=method)
         for outcome in SignIn:
             self._sign_ins.labels(outcome=outcome.value)
@@ -65,6 +66,9 @@ class Metrics:
                 self._assignments.labels(outcome=phase.value, reason="")
         for judged in ("accepted", "rejected", "discarded"):
             self._uploads.labels(outcome=judged, reason="")
+        for operation in ("read", "write"):
+            for kind in ("full", "lost", "busy", "other"):
+                self._instruments.counter(names.DATABASE_ERRORS).labels(operation=operation, kind=kind)
         for step in ("accept", "download", "train", "upload", "validate", "aggregate", "commit"):
             self._phase_seconds.labels(phase=step)
 

@@ -197,6 +197,10 @@ WORKER_RESIDENT_BYTES: Final = _gauge(
 )
 WORKER_PEAK_BYTES: Final = _gauge("glora_worker_peak_bytes", "Largest resident size of the aggregation worker.")
 
+MEMORY_SIZE_BYTES: Final = _gauge(
+    "glora_memory_size_bytes", "Memory of the machine, or of the container where that is limited to less."
+)
+
 # Database and disk
 COMMIT_SECONDS: Final = _histogram(
     "glora_database_commit_seconds", "Transactions that changed something, from begin to commit.", _COMMIT_SECONDS

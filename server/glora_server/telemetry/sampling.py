@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import time
 from collections import Counter as Tally
@@ -28,6 +27,7 @@ from glora_server.rounds.round import GATHERING, LIVE, Round, RoundPhase
 from glora_server.rounds.run import RunPhase
 from glora_server.telemetry import names
 from glora_server.telemetry.instruments import Instruments
+from glora_server.telemetry.memory import memory_size, resident_bytes
 from glora_server.telemetry.runs import PhaseScore, RunGauges, RunSample, newest_scores
 from glora_wire.errors import GloraError
 
@@ -125,6 +125,7 @@ class Sampler:
         self._instruments = instruments
         self._runs = RunGauges(instruments)
         self._watched = watched
+        self._set(names.MEMORY_SIZE_BYTES, memory_size())
         self._worker_before: dict[names.Metric, float] = {}
         self._versions: dict[VersionId, _Seen] = {}
         """Current versions, which never change."""
@@ -160,7 +161,7 @@ class Sampler:
         stats = self._watched.numerics.stats()
         self._set(names.WORKER_UP, stats.pid > 0)
         self._set(names.WORKER_QUEUE, stats.queued)
-        self._set(names.WORKER_RESIDENT_BYTES, _resident_bytes(stats.pid))
+        self._set(names.WORKER_RESIDENT_BYTES, resident_bytes(stats.pid))
         self._set(names.WORKER_PEAK_BYTES, stats.peak_bytes)
         self._raise_to(names.WORKER_RESTARTS, stats.restarts)
         self._raise_to(names.WORKER_JOBS, stats.jobs)
@@ -277,14 +278,3 @@ def _overdue(round_: Round | None, now: float) -> float:
     if round_ is None or round_.deadline_at is None or round_.phase not in GATHERING | {RoundPhase.AGGREGATING}:
         return 0.0
     return max(0.0, now - round_.deadline_at)
-
-
-def _resident_bytes(pid: int) -> int:
-    """Resident size of a process, from Linux's /proc; 0 where there is none."""
-    if pid <= 0:
-        return 0
-    try:
-        pages = Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]
-    except OSError:
-        return 0
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
