@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 
 _TOUCH_SECONDS: Final = 60.0
 """Uses are noted this often at most: a request is no reason for a write."""
+_SESSIONS_SHOWN: Final = 50
 _NOBODY: Final = Principal(name="", role=Role.VIEWER, credential=Credential.SESSION)
 
 
@@ -140,6 +141,29 @@ class Access(ApiTokenAdministration):
         await self.store.write(work)
         self._tell()
 
+    async def own_sessions(self, actor: Principal) -> tuple[Session, ...]:
+        """Where the user is signed in, newest first; raises USER_UNKNOWN for the token of the data folder."""
+        user = await self.own_user(actor)
+        found = await self.store.read(lambda uow: uow.sessions.of_user(user.id, _SESSIONS_SHOWN))
+        now = self.clock()
+        return tuple(session for session in found if self._lives(session, now))
+
+    async def end_own_session(self, actor: Principal, session_id: str) -> None:
+        """End one of the user's own sessions, at once; one that has ended already is no error."""
+        user = await self.own_user(actor)
+
+        def work(uow: UnitOfWork) -> None:
+            session = uow.sessions.find(SessionId(session_id))
+            if session is not None and session.user_id == user.id:
+                uow.sessions.end(session.id)
+                note(uow, actor, "session.end", user.name, at=self.clock(), signed_in_from=session.origin)
+
+        await self.store.write(work)
+        self._tell()
+
+    def _lives(self, session: Session, now: float) -> bool:
+        return now < session.expires_at and now < session.seen_at + self.times.idle
+
     async def of_session(self, secret: str, *, origin: str) -> Principal | None:
         """Who signed in with this secret, while that holds."""
         hashed = sha256(secret)
@@ -174,7 +198,7 @@ class Access(ApiTokenAdministration):
 
         def work(uow: UnitOfWork) -> tuple[Session, User] | None:
             session = find(uow)
-            if session is None or session.expires_at <= now or session.seen_at + self.times.idle <= now:
+            if session is None or not self._lives(session, now):
                 return None
             return session, uow.users.get(session.user_id)
 

@@ -67,6 +67,10 @@ class Sessions(Protocol):
         """The session of that secret, where it was not ended."""
         ...
 
+    def of_user(self, user_id: UserId, limit: int) -> tuple[Session, ...]:
+        """The user's newest sessions that were not ended, newest first; at most `limit`."""
+        ...
+
     def seen(self, session_id: SessionId, at: float) -> None:
         """Note that it was used."""
         ...

@@ -108,6 +108,12 @@ class SessionRepository:
         row = self._session.first(columns_of(SessionRow).where(SessionRow.secret_sha256 == secret_sha256))
         return None if row is None else built(SessionRecord, row)
 
+    def of_user(self, user_id: UserId, limit: int) -> tuple[SessionRecord, ...]:
+        """The user's newest sessions that were not ended, newest first; at most `limit`."""
+        statement = columns_of(SessionRow).where(SessionRow.user_id == user_id)
+        newest = statement.order_by(SessionRow.created_at.desc(), SessionRow.id).limit(limit)
+        return tuple(built(SessionRecord, row) for row in self._session.rows(newest))
+
     def seen(self, session_id: SessionKey, at: float) -> None:
         """Note that it was used."""
         self._session.connection.execute(update(SessionRow).where(SessionRow.id == session_id).values(seen_at=at))
