@@ -116,8 +116,8 @@ def run_card(view: RunView) -> Markup:
     total = view.spec.policy.rounds
     return Markup(
         '<article class="run" data-key="{key}"><div><div class="run-name">{name}{state}</div>'
-        '<p class="why">{why}</p><div class="rounds"><div><span>{rounds}</span>{bar}</div>{now}<span>{devices}</span></div></div>'
-        "{quality}</article>"
+        '<p class="why">{why}</p><div class="rounds"><div><span>{rounds}</span>{bar}</div>{now}'
+        "<span>{devices}</span></div></div>{quality}</article>"
     ).format(
         key=run.id,
         name=anchor(run.name, f"/runs/{run.name}"),

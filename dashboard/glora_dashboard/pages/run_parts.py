@@ -158,7 +158,7 @@ def _shares(item: Ancestor, names: Mapping[DeviceId, str]) -> Markup:
 def settings(view: RunView) -> Markup:
     """What the run was told to do."""
     spec, policy, plan = view.spec, view.spec.policy, view.spec.training
-    amount = fmt.count(plan.steps, "step") if plan.steps else fmt.count(plan.epochs, "epoch")
+    amount = fmt.count(plan.steps, "step") if plan.steps else f"{plan.epochs:g} {'epoch' if plan.epochs == 1 else 'epochs'}"
     wanted = f"{policy.target_devices} devices" if policy.target_devices else "every device that is there"
     return facts(
         (

@@ -1,0 +1,101 @@
+"""Without a mouse, and without a server for a while."""
+
+from __future__ import annotations
+
+import re
+
+from federation import Federation
+from live_site import RUN, add_run
+from playwright.sync_api import Page, expect
+from visitor import Visitor
+
+from glora_server.coordinator.people import Role
+
+
+def focused(page: Page) -> str:
+    text: str = page.evaluate("(document.activeElement.innerText || document.activeElement.ariaLabel || '').trim()")
+    return text
+
+
+def tab_to(page: Page, words: str) -> None:
+    """Press Tab until what says `words` has the focus, and shows it."""
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if focused(page).startswith(words):
+            outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+            assert outline != "none", f"{words} does not show that it has the focus"
+            return
+    raise AssertionError(f"Tab never reached {words}")
+
+
+def test_the_first_stop_skips_to_the_content(site: Federation, visit: Visitor) -> None:
+    page = visit(site)
+    page.keyboard.press("Tab")
+    assert focused(page) == "Skip to the content"
+    page.keyboard.press("Enter")
+    tab_to(page, RUN)
+    assert page.evaluate("document.activeElement.getAttribute('href')") == f"/runs/{RUN}"
+
+
+def test_a_run_is_aborted_with_the_keyboard_alone(site: Federation, visit: Visitor) -> None:
+    add_run(site, "unwanted", start=False)
+    page = visit(site, "/runs/unwanted")
+    tab_to(page, "Abort")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    assert focused(page) == "Abort"
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.wait_for_timeout(400)
+    tab_or_here(page, "Name of the run")
+    page.keyboard.type("unwanted")
+    tab_to(page, "Abort the run")
+    page.keyboard.press("Enter")
+    expect(page.locator(".head-title")).to_contain_text("aborted")
+
+
+def tab_or_here(page: Page, label: str) -> None:
+    for _ in range(10):
+        if page.evaluate("document.activeElement.getAttribute('aria-label')") == label:
+            return
+        page.keyboard.press("Tab")
+    raise AssertionError(f"Tab never reached the field {label}")
+
+
+def test_pages_have_landmarks_and_one_first_heading(site: Federation, visit: Visitor) -> None:
+    for path in ("/", f"/runs/{RUN}", f"/runs/{RUN}/rounds/1"):
+        page = visit(site, path, role=Role.VIEWER)
+        expect(page.get_by_role("banner")).to_have_count(1)
+        expect(page.get_by_role("main")).to_have_count(1)
+        expect(page.get_by_role("navigation", name="Pages")).to_be_visible()
+        expect(page.get_by_role("heading", level=1)).to_have_count(1)
+        unnamed = page.locator("button:visible, a:visible, input:visible").evaluate_all(
+            "all => all.filter(e => !(e.innerText || e.ariaLabel || e.title || e.labels?.length)).map(e => e.outerHTML)"
+        )
+        assert unnamed == []
+
+
+def test_a_new_server_shows_the_first_step(bare_site: Federation, visit: Visitor) -> None:
+    page = visit(bare_site)
+    expect(page.get_by_role("heading", name="Welcome. First, let a device join")).to_be_visible()
+    expect(page.get_by_role("link", name="Make a join token")).to_have_attribute("href", "/enrolment")
+    viewer = visit(bare_site, role=Role.VIEWER)
+    expect(viewer.get_by_text("An operator can create one.")).to_be_visible()
+
+
+def test_a_page_survives_a_restart_of_its_server(bare_site: Federation, visit: Visitor) -> None:
+    """It says that it lost the server, finds it again by itself, and says that it is up to date."""
+    away = ("ERR_CONNECTION", "WebSocket connection", "Failed to load resource", "ERR_SOCKET")
+    page = visit(bare_site, expected=away)
+    page.evaluate("window.stays = true")
+    for process in bare_site.processes:
+        process.kill()
+    expect(page.locator("g-connection")).to_contain_text("Connection lost")
+    expect(page.locator("#popup")).to_be_visible()
+    bare_site.start_server()
+    expect(page.get_by_text("Connected again. This page shows the present state.")).to_be_visible(timeout=90_000)
+    expect(page.locator("g-connection")).to_have_attribute("data-state", "live")
+    assert page.evaluate("window.stays") is None, "the page was not loaded anew"
+    expect(page).to_have_url(re.compile(r"/$"))
