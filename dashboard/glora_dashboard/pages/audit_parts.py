@@ -28,6 +28,7 @@ _WORDS: Final[Mapping[str, str]] = {
     "run.pause": "paused a run",
     "run.resume": "resumed a run",
     "run.start": "started a run",
+    "session.end": "ended an own session",
     "session.refused": "could not sign in",
     "session.sign-in": "signed in",
     "session.sign-out": "signed out",
