@@ -10,13 +10,16 @@ from typing import Any, Final
 from fastapi import APIRouter, FastAPI
 
 from glora_dashboard.access_routes import access_routes
+from glora_dashboard.audit_routes import audit_routes
 from glora_dashboard.device_routes import device_routes, token_routes
+from glora_dashboard.etags import ETags
 from glora_dashboard.export_routes import export_routes
 from glora_dashboard.gate import GateRules
 from glora_dashboard.guard import MAX_BODY_BYTES, Guard
+from glora_dashboard.idempotency import Idempotency
 from glora_dashboard.login import login_routes
 from glora_dashboard.permission import RoleApi, route_roles
-from glora_dashboard.ports import Commands, HealthProbe, Queries
+from glora_dashboard.ports import Answers, Commands, HealthProbe, Queries
 from glora_dashboard.problems import MEDIA_TYPE, Problem, add_problem_handlers
 from glora_dashboard.run_routes import run_routes
 from glora_dashboard.system_routes import open_routes, system_routes
@@ -36,6 +39,7 @@ def create_app(
     health: HealthProbe,
     metrics_text: Callable[[], tuple[bytes, str]],
     rules: GateRules,
+    answers: Answers,
     work_dir: Path,
     max_body_bytes: int = MAX_BODY_BYTES,
     with_pages: bool = False,
@@ -43,8 +47,8 @@ def create_app(
     """The application that uvicorn serves.
 
     `access` knows people, `rules` what is open to strangers; `metrics_text` gives Prometheus text and its media type;
-    `work_dir` holds archives of exports while they are being sent. With pages NiceGUI is loaded, which wants to be
-    imported before an event loop runs, and the application's lifespan.
+    `answers` keeps those that may be asked for again; `work_dir` holds archives of exports while they are being sent.
+    With pages NiceGUI is loaded, which wants to be imported before an event loop runs, and the application's lifespan.
     """
     version = installed_version("glora")
     app = RoleApi(
@@ -56,6 +60,8 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
+    app.add_middleware(ETags)
+    app.add_middleware(Idempotency, answers=answers)
     app.add_middleware(Guard, access=access, rules=rules, max_body=max_body_bytes)
     add_problem_handlers(app)
     api = APIRouter(prefix=PREFIX, responses=_PROBLEMS)
@@ -65,6 +71,7 @@ def create_app(
         run_routes(commands, queries),
         export_routes(commands, work_dir),
         system_routes(queries),
+        audit_routes(queries),
         access_routes(access),
     ):
         api.include_router(routes)
@@ -76,5 +83,5 @@ def create_app(
         from glora_dashboard.pages.mounting import mount_pages  # noqa: PLC0415 - NiceGUI is large
         from glora_dashboard.pages.site import Site  # noqa: PLC0415
 
-        mount_pages(app, Site(commands=commands, queries=queries, access=access))
+        mount_pages(app, Site(commands=commands, queries=queries, access=access, health=health))
     return app

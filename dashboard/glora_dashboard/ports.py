@@ -236,6 +236,18 @@ class Queries(Protocol):
         ...
 
 
+class Answers(Protocol):
+    """Answers to requests that may be repeated, sealed by whoever keeps them."""
+
+    async def find(self, who: str, key_sha256: str) -> tuple[str, bytes] | None:
+        """The digest of the request and its sealed answer; None when there is none of the last day."""
+        ...
+
+    async def keep(self, who: str, key_sha256: str, request_sha256: str, sealed: bytes) -> None:
+        """Keep an answer for a day."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthCheck:
     """Whether one part works; `message` is shown to anybody, so it names no secret."""

@@ -18,6 +18,7 @@ from glora_server.validation_text import sentence_of
 from glora_wire.errors import GloraError, Kind, Reason
 
 MEDIA_TYPE: Final = "application/problem+json"
+TYPE_PREFIX: Final = "urn:glora:problem:"
 _STATUS: Final[Mapping[Kind, int]] = {
     Kind.INVALID: 400,
     Kind.OUT_OF_RANGE: 400,
@@ -39,7 +40,7 @@ _EXCEPTIONS: Final[Mapping[Reason, int]] = {Reason.TOKEN_UNKNOWN: 404}
 class Problem(BaseModel):
     """Why a request was refused."""
 
-    type: str = "about:blank"
+    type: str = Field(description="urn:glora:problem:REASON; docs/rest.md says what each means.")
     title: str
     status: int
     reason: str = Field(description="Stable name, for scripts.")
@@ -56,6 +57,7 @@ def problem_response(error: GloraError, status: int | None = None) -> Response:
     """The answer that tells `error`; `status` where HTTP has a better word than the error's kind."""
     code = status or status_of(error)
     problem = Problem(
+        type=f"{TYPE_PREFIX}{error.reason.value}",
         title=http.HTTPStatus(code).phrase,
         status=code,
         reason=error.reason.value,

@@ -10,6 +10,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 
 from glora_dashboard.bodies import AuditQuery, PageQuery
 from glora_dashboard.device_models import DeviceCountsAnswer
+from glora_dashboard.event_routes import event_routes
 from glora_dashboard.models import AuditAnswer, HealthAnswer, PageAnswer, StrategyAnswer, SystemAnswer
 from glora_dashboard.permission import ANYBODY, least
 from glora_dashboard.plot_models import AlertAnswer
@@ -27,8 +28,9 @@ token. The command line does the same: <code>glora run list</code>, <code>glora 
 
 
 def system_routes(queries: Queries) -> APIRouter:
-    """Routes about the server itself."""
+    """Routes about the server itself, and what changes on it."""
     routes = APIRouter(tags=["system"])
+    routes.include_router(event_routes(queries))
 
     @routes.get("/system", dependencies=[least(Role.VIEWER)])
     async def show_system() -> SystemAnswer:

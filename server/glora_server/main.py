@@ -25,6 +25,7 @@ from glora_dashboard.ports import HealthCheck
 from glora_server.config import Settings, prepare_data_dir
 from glora_server.coordinator.access import Access, SessionTimes
 from glora_server.coordinator.access_users import FIRST_ADMIN
+from glora_server.coordinator.answers import AnswerBook
 from glora_server.coordinator.catalogue import Catalogue
 from glora_server.coordinator.commands import Commands
 from glora_server.coordinator.device_service import DeviceService
@@ -85,6 +86,7 @@ class Services:
     commands: Commands
     queries: Queries
     access: Access
+    answers: AnswerBook
     passwords: Argon2Passwords
 
 
@@ -217,6 +219,7 @@ class Server:
                 exporter=Exporter(store=store, readouts=readouts),
                 clock=engine.clock,
             ),
+            answers=AnswerBook(store=store, clock=engine.clock),
             access=Access(
                 store=store,
                 passwords=passwords,
@@ -262,6 +265,7 @@ class Server:
                 metrics_open=settings.http.metrics_for_all,
             ),
             health=_Health(services, self.grpc),
+            answers=services.answers,
             metrics_text=self.metrics.text,
             work_dir=settings.data_dir / "scratch",
             with_pages=True,

@@ -94,5 +94,8 @@ class FakeHistory:
     async def alerts(self) -> tuple[Alert, ...]:
         return (Alert(severity=Severity.INFO, code="devices_pending", message="pi-3 waits for approval."),)
 
-    def events(self, after: str = "", *, heartbeat: float = 15.0) -> AsyncIterator[Batch]:
-        return self.feed.follow(after, heartbeat=heartbeat)
+    async def events(self, after: str = "", *, heartbeat: float = 15.0) -> AsyncIterator[Batch]:
+        """One batch, and then the end that a real server's events do not have."""
+        async for batch in self.feed.follow(after, heartbeat=min(heartbeat, 0.01)):
+            yield batch
+            return

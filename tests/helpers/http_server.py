@@ -12,6 +12,7 @@ from pathlib import Path
 
 import uvicorn
 from access_cases import memory_access
+from fake_answers import MemoryAnswers
 from fake_server import ADMIN_TOKEN, FakeServer
 
 from glora_dashboard.api import create_app
@@ -43,6 +44,7 @@ def _serving(fake: FakeServer, access: Access, work_dir: Path) -> Iterator[Runni
         rules=GateRules(metrics_open=True),
         health=fake,
         metrics_text=lambda: (b"", "text/plain"),
+        answers=MemoryAnswers(),
         work_dir=work_dir,
     )
     config = uvicorn.Config(app, port=0, log_level="error", lifespan="off", timeout_graceful_shutdown=1)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 from access_cases import memory_access
+from fake_answers import MemoryAnswers
 from fake_server import ADMIN_TOKEN, FakeServer, manifest, spec
 from fastapi import FastAPI
 from starlette.testclient import TestClient
@@ -36,6 +37,7 @@ def make_app(
         rules=GateRules.of(["testserver"], metrics_open=metrics_open),
         health=server,
         metrics_text=lambda: (b"glora_rounds_total 3\n", "text/plain; version=0.0.4; charset=utf-8"),
+        answers=MemoryAnswers(),
         work_dir=work_dir,
         max_body_bytes=max_body_bytes,
     )
