@@ -72,14 +72,22 @@ def principal_angles(previous: LayerState | None, current: LayerState) -> Princi
     """Angles between span(U) of two versions; small ones from arcsin, since arccos loses half the digits there."""
     if previous is None or not previous.rank or not current.rank:
         return None
-    first, second = previous.u.to(COMPUTE_DTYPE), current.u.to(COMPUTE_DTYPE)
+    first, second = previous.u.to(current.u.dtype), current.u
     if first.shape[1] < second.shape[1]:
         first, second = second, first
     overlap = first.mT @ second
-    cosines = singular_values(overlap).clamp(max=1.0)
-    sines = singular_values(second - first @ overlap).flip(0).clamp(max=1.0)
+    cosines = singular_values(overlap.to(COMPUTE_DTYPE)).clamp(max=1.0)
+    sines = _sines(second - first @ overlap).clamp(max=1.0)
     angles = torch.where(cosines > math.sqrt(0.5), sines.asin(), cosines.acos())
     return PrincipalAngles(largest=float(angles.max()), mean=float(angles.mean()))
+
+
+def _sines(rest: Tensor) -> Tensor:
+    """Singular values of `rest`, rising; float32 columns are rounded to more than their Gram matrix loses."""
+    if rest.dtype == COMPUTE_DTYPE:
+        return singular_values(rest).flip(0)
+    squares: Tensor = torch.linalg.eigvalsh((rest.mT @ rest).to(COMPUTE_DTYPE))
+    return squares.clamp(min=0).sqrt()
 
 
 def client_diagnostics(

@@ -201,8 +201,8 @@ def check_updates(updates: Sequence[ClientUpdate]) -> None:
         if update.b.dtype != first.b.dtype:
             raise DtypeError(f"{name} is {update.b.dtype} and update 0 is {first.b.dtype}; a run has one wire dtype.")
         _check_device(update.b, first.b, name=name)
-        _check_finite(update.b, update.a, name=name)
         _check_sent(update, name=name)
+    _check_all_finite(updates)
 
 
 def check_factors(b: Tensor, a: Tensor, *, name: str) -> None:
@@ -227,12 +227,26 @@ def _check_form(b: Tensor, a: Tensor, *, name: str, one_may_be_absent: bool = Fa
 
 def _check_finite(b: Tensor, a: Tensor, *, name: str) -> None:
     for label, tensor in (("B", b), ("A", a)):
-        # A finite sum has finite terms only, and costs a tenth; finite terms may have an infinite one.
+        # A finite sum has finite terms only, and costs a tenth; finite terms may have an infinite sum.
         if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             raise NonFiniteError(
                 f"{name} has NaN or infinity in {label}; training diverged or the upload is damaged. "
                 "Reject it and lower the learning rate if it repeats."
             )
+
+
+def _check_all_finite(updates: Sequence[ClientUpdate]) -> None:
+    """Raise NonFiniteError for the first update with NaN or infinity; one answer from the device if there is none."""
+    # Devices of one rank were sent the same tensors.
+    sent = {id(update.sent[0]): update.sent for update in updates if update.sent is not None}
+    factors = [factor for update in updates for factor in (update.b, update.a)]
+    factors += [factor for pair in sent.values() for factor in pair]
+    if bool(torch.isfinite(torch.stack([factor.sum() for factor in factors])).all()):
+        return
+    for position, update in enumerate(updates):
+        _check_finite(update.b, update.a, name=f"Update {position}")
+        if update.sent is not None:
+            _check_finite(*update.sent, name=f"Update {position}, as sent,")
 
 
 def check_scale(scale: float, *, name: str) -> None:
@@ -273,7 +287,6 @@ def _check_sent(update: ClientUpdate, *, name: str) -> None:
     b0, a0 = update.sent
     _check_form(b0, a0, name=f"{name}, as sent,")
     _check_device(b0, update.b, name=name)
-    _check_finite(b0, a0, name=f"{name}, as sent,")
     if (b0.shape[0], a0.shape[1]) != (update.b.shape[0], update.a.shape[1]):
         raise ShapeError(
             f"{name} was sent a {b0.shape[0]}×{a0.shape[1]} adapter and is {update.b.shape[0]}×{update.a.shape[1]}."

@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-_BLOCK_BYTES = 9 << 20
+_BLOCK_BYTES = 2 << 20
 _CHUNK_VALUES = 1 << 19
 
 
@@ -85,8 +85,8 @@ class Devices(Protocol):
         """The same with other factors for some of them, given as `picked` gives them."""
         ...
 
-    def columns(self, units: Units, low: torch.dtype) -> Columns:
-        """The E_i; `low` is the reduced precision."""
+    def columns(self, units: Units, low: torch.dtype, *, keep: bool) -> Columns:
+        """The E_i; `low` is the reduced precision, and `keep` allows to hold all of them in it."""
         ...
 
     def onto(self, rows: Tensor) -> Tensor:
@@ -159,9 +159,9 @@ class Listed:
             bs[i], rows[i] = b[position], a[position]
         return replace(self, b=tuple(bs), a=tuple(rows))
 
-    def columns(self, units: Units, low: torch.dtype) -> "ListedColumns":
+    def columns(self, units: Units, low: torch.dtype, *, keep: bool) -> "ListedColumns":
         """See `Devices`."""
-        return ListedColumns(self.b, units, low)
+        return ListedColumns(self.b, units, low, keep=keep)
 
     def onto(self, rows: Tensor) -> Tensor:
         """See `Devices`."""
@@ -186,14 +186,15 @@ class Listed:
 
 
 class ListedColumns:
-    """The E_i of one module. A reduced copy is kept where it is small and else made anew, block by block, each time."""
+    """The E_i of one module. A reduced copy of all is kept if allowed, and else made block by block each time."""
 
-    def __init__(self, b: Sequence[Tensor], units: Units, low: torch.dtype) -> None:
+    def __init__(self, b: Sequence[Tensor], units: Units, low: torch.dtype, *, keep: bool) -> None:
         self._b = b
         self._units = units
         self._plain: list[bool] = units.plain[0].tolist()
         self._precise: list[bool] = units.precise[0].tolist()
         self._low = low
+        self._keeps = keep
         self._kept: Tensor | None = None
 
     def blocks(self, *, reduced: bool) -> Iterator[tuple[slice, Tensor]]:
@@ -202,12 +203,12 @@ class ListedColumns:
             for i in range(len(self._b)):
                 yield slice(i, i + 1), self._column(i).float()[None]
             return
-        d, r = self._b[0].shape
-        m = len(self._b)
-        size = max(1, _BLOCK_BYTES // (d * r * self._low.itemsize))
+        (d, r), m = self._b[0].shape, len(self._b)
         if self._kept is not None:
             yield slice(0, m), self._kept
             return
+        one = d * r * self._low.itemsize
+        size = m if self._keeps else max(1, _BLOCK_BYTES // one)
         # Device next to device in each row: one large product per block, and copying is as fast as it can be.
         buffer = self._b[0].new_empty((1, d, min(size, m) * r), dtype=self._low)
         for start in range(0, m, size):
@@ -215,7 +216,7 @@ class ListedColumns:
             for at, i in enumerate(range(part.start, part.stop)):
                 buffer[0, :, at * r : (at + 1) * r].copy_(self._column(i))
             block = buffer[..., : (part.stop - part.start) * r]
-            if size >= m:
+            if self._keeps:
                 self._kept = block
             yield part, block
 

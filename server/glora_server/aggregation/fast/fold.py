@@ -74,7 +74,7 @@ def _computed(
     span = leading(groups, rule.voting.subspace, rank, known=known, extra=probes.weighted(groups))
     probed = images(groups, rule, probes, span.extra)
     folded = fold(groups, span.basis, probed)
-    states = _states(groups, span.basis, folded.inside.double(), rank=rank)
+    states = _states(groups, span.basis, folded.inside, rank=rank)
     survey = Survey(
         groups=groups, spectrum=span.spectrum, basis=span.basis, probes=probes, images=probed, folded=folded
     )
@@ -85,12 +85,13 @@ def _computed(
 
 
 def _states(groups: Sequence[Group], basis: Tensor, inside: Tensor, *, rank: int) -> list[LayerState]:
-    """U·(UᵀM) of each module in its canonical gauge."""
-    _, turn = torch.linalg.eigh(inside @ inside.mT)
-    turned = turn.flip(2).mT @ inside
+    """U·(UᵀM) of each module in its canonical gauge; float32 rounds what float64 has turned."""
+    wide = inside.double()
+    turn = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(2).float()
+    turned = turn.mT @ inside
     sigma = torch.linalg.vector_norm(turned, dim=2)
     v = (turned / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)[..., None]).mT
-    u = basis @ turn.flip(2)
+    u = basis.float() @ turn
     floors = sum((_ROUNDING * _magnitudes(group) for group in groups), sigma.new_zeros(sigma.shape[0])).tolist()
     return [
         state_from_svd(

@@ -35,6 +35,8 @@ _TAIL_ROUNDING = 1e-7
 _PRECISE_BELOW = 1e-3
 _PLAIN_ABOVE = 1.0 / 8
 _PLAIN_NORMS = 1e-12, 1e12
+_MOST_LISTED = 128
+"""Devices of one group where memory is to be small: their cores are some twenty numbers for each of r²."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +86,7 @@ class Group:
 
     `batch`: factors as uploaded or refactored, p_i, f_i; `clients`: their places in the round; `units`: E_i, and N_i by
     its lift and shift; `fold` (M×m×r×r), `cross` (M×m×c×r): B_i = U_T·cross + N_i·fold; `gram_b`, `gram_a` (M×m×r×r),
-    `gram_sent` (M×m×q×r): BᵀB, AAᵀ, B0ᵀB; `vote` (M×m×(c+r)×(c+r)): p_iW_i in [U_T N_i], `core`: the same in
-    [U_T E_i]; `votes` (M×m): how many directions count; `norms` ‖ΔW_i‖ and `changes` ‖D_i‖ (M×m).
+    `gram_sent` (M×m×q×r): BᵀB, AAᵀ, B0ᵀB; `vote` (M×m×(c+r)×(c+r)): p_iW_i in [U_T N_i]; `votes` (M×m): how many directions count; `norms` ‖ΔW_i‖ and `changes` ‖D_i‖ (M×m).
     """
 
     batch: Batch
@@ -97,7 +98,6 @@ class Group:
     gram_a: Tensor
     gram_sent: Tensor
     vote: Tensor
-    core: Tensor
     votes: Tensor
     norms: Tensor
     changes: Tensor
@@ -116,6 +116,10 @@ class Group:
     def rank(self) -> int:
         """r."""
         return self.gram_b.shape[-1]
+
+    def core(self) -> Tensor:
+        """p_iW_i in [U_T E_i]."""
+        return torch.where(self.units.plain[..., None, None], _in_raw(self.vote, self.units), self.vote)
 
     @property
     def columns(self) -> int:
@@ -149,8 +153,11 @@ def read_groups(rule: VoteRule, modules: Sequence[ModuleRound], *, stack: bool) 
         scales = tuple(_sent_scale(module, clients[0]) for module in modules)
         if (block, scales) not in tails:
             tails[block, scales] = _tail(rule, modules, block, scales)
-        batch = _batch(tails[block, scales], modules, clients, rule.step, stack=stack)
-        groups.append(_group(rule, batch, clients, modules))
+        size = len(clients) if stack else _MOST_LISTED
+        for start in range(0, len(clients), size):
+            some = clients[start : start + size]
+            batch = _batch(tails[block, scales], modules, some, rule.step, stack=stack)
+            groups.append(_group(rule, batch, some, modules))
     return tuple(groups)
 
 
@@ -246,7 +253,6 @@ def _group(rule: VoteRule, batch: Batch, clients: tuple[int, ...], modules: Sequ
         gram_a=grams.a,
         gram_sent=grams.sent,
         vote=vote,
-        core=torch.where(units.plain[..., None, None], _in_raw(vote, units), vote),
         votes=kept.sum(dim=-1),
         norms=cores.product * batch.gain / rule.step,
         changes=cores.change.sqrt(),

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from glora_server.aggregation.fast.intake import Group
 
+_KEPT_BYTES = 10 << 20
+"""Of one module in reduced precision; larger ones are converted anew in every pass, which costs half as much again."""
+
 
 def low_precision(device: torch.device) -> torch.dtype:
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
@@ -26,14 +29,17 @@ def low_precision(device: torch.device) -> torch.dtype:
 
 
 class Operator(Protocol):
-    """A symmetric positive semidefinite d×d matrix for each module."""
+    """A symmetric positive semidefinite d×d matrix L·Lᵀ or L·C·Lᵀ for each module."""
 
-    def apply(self, columns: Tensor) -> Tensor:
-        """The matrix times `columns` (M×d×k, float32), in the fastest precision that does."""
+    def apply(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The matrix times `columns` (M×d×k, float32), in the fastest precision that does, and its coefficients.
+
+        These are CLᵀ·columns (M×…×k), linear in the columns.
+        """
         ...
 
-    def finished(self, columns: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The matrix times `columns`, in its column space to float32, and ΣB_i·extra_i (M×d×l).
+    def finished(self, coefficients: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """L·coefficients in float32, and ΣB_i·extra_i (M×d×l).
 
         `extra` (M×m×r×l, group by group) rides along, for the factors are read anyway.
         """
@@ -51,14 +57,18 @@ class VoteOperator:
         self._low = low_precision(device) if bounded else torch.float32
         self._reduced = self._low != torch.float32
         self._tails = [group.tail.u.float() for group in groups]
-        self._cores = [group.core.float() for group in groups]
-        self._columns = [group.devices.columns(group.units, self._low) for group in groups]
+        self._cores = [group.core().float() for group in groups]
+        values = sum(group.devices.shape.d * group.columns for group in groups)
+        keep = values * self._low.itemsize <= _KEPT_BYTES
+        self._columns = [group.devices.columns(group.units, self._low, keep=keep) for group in groups]
         self._ranks = [group.rank for group in groups]
+        self._rows = sum(core.shape[1] * core.shape[2] for core in self._cores)
 
-    def apply(self, columns: Tensor) -> Tensor:
-        """K·columns."""
+    def apply(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """K·columns, and what each device's core made of [U_T E_i]ᵀ·columns."""
         low = columns.to(self._low)
-        total = torch.zeros_like(columns)
+        total, at = torch.zeros_like(columns), 0
+        coefficients = columns.new_empty((columns.shape[0], self._rows, columns.shape[2]))
         for position, (tail, core) in enumerate(zip(self._tails, self._cores, strict=True)):
             c, inside = tail.shape[2], (tail.mT @ columns)[:, None]
             said = torch.zeros_like(inside[:, 0])
@@ -67,25 +77,21 @@ class VoteOperator:
                 answered = core[:, part] @ torch.cat([inside.expand(-1, own.shape[1], -1, -1), own], dim=2)
                 said += answered[..., :c, :].sum(dim=1)
                 total += _times(block, answered[..., c:, :].flatten(1, 2).to(self._low)).float()
+                rows = answered.shape[1] * answered.shape[2]
+                coefficients[:, at : at + rows] = answered.flatten(1, 2)
+                at += rows
             if c:
                 total += tail @ said
-        return total
+        return total, coefficients
 
-    def finished(self, columns: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """K·columns, with EᵀV in the reduced precision and E·(…) in float32; and the extra product."""
-        low, k = columns.to(self._low), columns.shape[2]
-        total = columns.new_zeros((*columns.shape[:2], k + extra[0].shape[3]))
+    def finished(self, coefficients: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Σ[U_T E_i]·coefficients_i, and the extra product."""
+        k, total, at = coefficients.shape[2], coefficients.new_zeros(()), 0
         for position, (tail, core) in enumerate(zip(self._tails, self._cores, strict=True)):
-            c, inside = tail.shape[2], (tail.mT @ columns)[:, None]
-            own = torch.cat(
-                [
-                    self._split(position, _times(block.mT, low).float())
-                    for _, block in self._columns[position].blocks(reduced=self._reduced)
-                ],
-                dim=1,
-            )
-            answered = core @ torch.cat([inside.expand(-1, own.shape[1], -1, -1), own], dim=2)
-            total += self._columns[position].combined(answered[..., c:, :], extra[position])
+            (m, size), c = core.shape[1:3], tail.shape[2]
+            answered = coefficients[:, at : at + m * size].view(-1, m, size, k)
+            at += m * size
+            total = total + self._columns[position].combined(answered[..., c:, :], extra[position])
             if c:
                 total[..., :k] += tail @ answered[..., :c, :].sum(dim=1)
         return total[..., :k], total[..., k:]
@@ -101,15 +107,16 @@ class MeanOperator:
     def __init__(self, groups: Sequence[Group]) -> None:
         self._groups = groups
         self._tails = shared_tails(groups)
-        self._columns = [group.devices.columns(group.units, torch.float32) for group in groups]
+        self._columns = [group.devices.columns(group.units, torch.float32, keep=False) for group in groups]
 
-    def apply(self, columns: Tensor) -> Tensor:
-        """M(Mᵀ·columns)."""
-        return self._times(self._transposed(columns), None)[0]
+    def apply(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """M(Mᵀ·columns), and Mᵀ·columns."""
+        seen = self._transposed(columns)
+        return self._times(seen, None)[0], seen
 
-    def finished(self, columns: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The same, and the extra product."""
-        return self._times(self._transposed(columns), extra)
+    def finished(self, coefficients: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """M·coefficients, and the extra product."""
+        return self._times(coefficients, extra)
 
     def _transposed(self, columns: Tensor) -> Tensor:
         rows = columns.mT.contiguous()

@@ -74,9 +74,8 @@ def leading(
     bounded = subspace in {Subspace.PROJECTOR, Subspace.RIDGE}
     operator: Operator = MeanOperator(groups) if subspace is Subspace.MEAN else VoteOperator(groups, bounded=bounded)
     floor = _LOW_ROUNDING if bounded else _ROUNDING
-    krylov = _Krylov(operator, rank, floor=floor)
-    rough, values = krylov.run(_start(operator, groups, rank, known))
-    image, more = operator.finished(rough, extra)
+    coefficients, values = _Krylov(operator, rank, floor=floor).run(_start(operator, groups, rank, known))
+    image, more = operator.finished(coefficients, extra)
     return Span(basis=_orthonormal_image(image), spectrum=values, extra=more)
 
 
@@ -93,7 +92,7 @@ def _start(operator: Operator, groups: Sequence[Group], rank: int, known: Sequen
     held = min(rank, *(0 if u is None else u.shape[1] for u in known))
     # Drawn on the CPU whatever the device, so that every machine starts from the same columns.
     drawn = torch.randn((sizes.d, rank + _OVERSAMPLING - held), generator=torch.Generator().manual_seed(0))
-    mixed = operator.apply(drawn.to(groups[0].core.device).expand(sizes.modules, -1, -1))
+    mixed, _ = operator.apply(drawn.to(groups[0].vote.device).expand(sizes.modules, -1, -1))
     if not held:
         return mixed
     # K shrinks columns, and what orthonormalisation drops is relative to the largest one.
@@ -110,31 +109,44 @@ class _Krylov:
         self._floor = floor
 
     def run(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Ritz vectors (M×d×R) and the falling Ritz values, R + 1 of them."""
-        block = orthonormal(start)
-        basis, core = start[..., :0], start.new_zeros((start.shape[0], 0, 0), dtype=torch.float64)
-        converged = _Convergence(self._rank)
+        """The operator's coefficients of the Ritz vectors (M×…×R), and the falling Ritz values, R + 1 of them."""
+        blocks, answers = [orthonormal(start)], []
+        core = start.new_zeros((start.shape[0], 0, 0))
+        converged, width = _Convergence(self._rank), start.shape[2]
         while True:
-            basis = torch.cat([basis, block], dim=2)
-            image = self._operator.apply(block)
-            inside = basis.mT @ image
-            core = _bordered(core, inside.double())
+            image, answer = self._operator.apply(blocks[-1])
+            answers.append(answer)
+            inside = [block.mT @ image for block in blocks]
+            core = _bordered(core, torch.cat(inside, dim=1))
             values, vectors = torch.linalg.eigh(core)
             values, vectors = values.flip(1).clamp(min=0), vectors.flip(2)
-            rest = image - basis @ inside
-            coupled = vectors[:, -block.shape[2] :, : self._rank]
-            if converged(values, _lengths(rest, coupled)) or basis.shape[2] + block.shape[2] > basis.shape[1]:
+            rest = _minus(image, blocks, inside)
+            coupled = vectors[:, -width:, : self._rank]
+            if converged(values.double(), _lengths(rest, coupled)) or (len(blocks) + 1) * width > start.shape[1]:
                 break
-            block = orthonormal(rest, floor=self._floor * values[:, 0], outside=basis)
+            block = orthonormal(rest, floor=self._floor * values[:, 0])
+            if self._floor < _LOW_ROUNDING:
+                # So near to rounding, what is left of the earlier blocks may be as large as what is new.
+                block = orthonormal(_minus(block, blocks, [other.mT @ block for other in blocks]))
             if not bool(block.any()):
                 break
-        return basis @ vectors[..., : self._rank].float(), values[:, : self._rank + 1]
+            blocks.append(block)
+        turn = vectors[..., : self._rank].split(width, dim=1)
+        coefficients = torch.stack([answer @ part for answer, part in zip(answers, turn, strict=True)]).sum(dim=0)
+        return coefficients, values[:, : self._rank + 1].double()
+
+
+def _minus(columns: Tensor, blocks: Sequence[Tensor], inside: Sequence[Tensor]) -> Tensor:
+    """columns − Σ blocks·inside."""
+    for block, part in zip(blocks, inside, strict=True):
+        columns = columns - block @ part
+    return columns
 
 
 def _lengths(rest: Tensor, coupled: Tensor) -> Tensor:
     """‖rest·coupled‖ of each column (M×R), from the Gram matrix of `rest`."""
-    gram = (rest.mT @ rest).double()
-    return (coupled * (gram @ coupled)).sum(dim=1).clamp(min=0).sqrt()
+    gram, wide = (rest.mT @ rest).double(), coupled.double()
+    return (wide * (gram @ wide)).sum(dim=1).clamp(min=0).sqrt()
 
 
 class _Convergence:
@@ -180,20 +192,17 @@ def _bordered(core: Tensor, last: Tensor) -> Tensor:
     return grown
 
 
-def orthonormal(columns: Tensor, *, floor: Tensor | None = None, outside: Tensor | None = None) -> Tensor:
+def orthonormal(columns: Tensor, *, floor: Tensor | None = None) -> Tensor:
     """Orthonormal basis (float32) of the directions of `columns` (M×d×k) above `floor` (M) and above rounding.
 
-    By Gram matrices, twice, so that the second one is well-conditioned; in between, what rounding left of `outside`
-    is taken away. Directions that are not above it leave zero columns, first.
+    By Gram matrices, twice, so that the second one is well-conditioned. Other directions leave zero columns, first.
     """
     for step in range(2):
         values, vectors = torch.linalg.eigh((columns.mT @ columns).double())
         least = _SQUARED_ROUNDING * values[:, -1:]
         if step == 0 and floor is not None:
-            least = torch.maximum(least, floor.square()[:, None])
+            least = torch.maximum(least, floor.double().square()[:, None])
         columns = columns @ _inverse_roots(values, vectors, least).float()
-        if outside is not None and step == 0:
-            columns = columns - outside @ (outside.mT @ columns)
     return columns
 
 
@@ -223,7 +232,7 @@ def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int, extra: Sequ
     ritz = ritz * (values[:, :rank] > 1e-13 * values[:, :1])[:, None]
     back = _inverse_roots(squares, turn, 1e-13 * squares[:, -1:])
     more = [
-        group.devices.columns(group.units, torch.float32).combined(part[..., :0], part)
+        group.devices.columns(group.units, torch.float32, keep=False).combined(part[..., :0], part)
         for group, part in zip(groups, extra, strict=True)
     ]
     return Span(basis=frame.mT @ (back @ ritz), spectrum=values, extra=torch.stack(more).sum(dim=0))
@@ -256,7 +265,7 @@ def _vote_core(groups: Sequence[Group]) -> Tensor:
             core[:, shared, own] = vote[:, :c, c:]
             core[:, own, shared] = vote[:, c:, :c]
             core[:, own, own] = vote[:, c:, c:]
-        at = own.stop
+        at += c + group.vote.shape[1] * r
     return core
 
 

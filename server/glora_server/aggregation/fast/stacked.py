@@ -43,7 +43,7 @@ class Stacked:
         places = torch.tensor(list(modules), device=b.device), torch.tensor(list(devices), device=b.device)
         return replace(self, b=self.b.index_put(places, b), a=self.a.index_put(places, a))
 
-    def columns(self, units: Units, low: torch.dtype) -> "StackedColumns":
+    def columns(self, units: Units, low: torch.dtype, *, keep: bool) -> "StackedColumns":  # noqa: ARG002 (it must)
         """See `Devices`."""
         return StackedColumns(self.b, units, low)
 
