@@ -25,7 +25,7 @@ from starlette.requests import Request
 
 from glora_dashboard.pages.assets import MARK, STATIC_PREFIX
 from glora_dashboard.pages.parts import Block, Link, anchor, empty, join
-from glora_dashboard.pages.site import site_of
+from glora_dashboard.pages.site import may, site_of
 from glora_dashboard.permission import principal_of, require
 from glora_server.coordinator.people import Principal, Role
 from glora_wire.errors import GloraError, Kind
@@ -72,6 +72,16 @@ def page(
         return build
 
     return declare
+
+
+def may_see(address: str) -> bool:
+    """Whether there is a page at the address that the viewer of this context may open; False outside of a page."""
+    parts = address.partition("?")[0].split("/")
+    for entry in PAGES.values():
+        own = entry.path.split("/")
+        if len(own) == len(parts) and all(a == b or a.startswith("{") for a, b in zip(own, parts, strict=True)):
+            return may(entry.least)
+    return False
 
 
 def _say(title: str, error: GloraError) -> None:

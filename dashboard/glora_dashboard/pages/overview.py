@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Final
+from urllib.parse import quote
 
 from markupsafe import Markup
+from nicegui import ui
 
 from glora_dashboard.pages import format as fmt
-from glora_dashboard.pages.frame import frame, page
+from glora_dashboard.pages.frame import PAGES, frame, may_see, page
 from glora_dashboard.pages.live import keep_fresh
+from glora_dashboard.pages.pager import Pager
 from glora_dashboard.pages.parts import Block, anchor, bar, icon, join, pill, sparkline
 from glora_dashboard.pages.quality import best_by_version
+from glora_dashboard.pages.run_parts import sentence
 from glora_dashboard.pages.signs import RUN_TONES, SEVERITY_SIGNS
 from glora_dashboard.pages.site import Site, may
-from glora_server.coordinator.model import Page
 from glora_server.coordinator.people import Role
 from glora_server.coordinator.views import RunView, SystemView
 from glora_server.coordinator.views_plots import Alert
@@ -25,44 +27,44 @@ from glora_server.rounds.run import RunPhase
 SHOWN_RUNS: Final = 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
-    system: SystemView
-    runs: tuple[RunView, ...]
-    more_runs: bool
-    alerts: tuple[Alert, ...]
+_ENDED: Final = frozenset({RunPhase.COMPLETED, RunPhase.FAILED, RunPhase.ABORTED})
+_ALERT_PAGES: Final[Mapping[str, str]] = {
+    "run_failed": "/runs/{name}",
+    "rounds_failing": "/runs/{name}",
+    "no_devices": "/runs/{name}",
+    "device_rejected": "/devices/{name}",
+    "devices_pending": "/enrolment",
+    "certificates_expire": "/devices",
+}
+"""Where an alert leads to, by its code; all others lead to the system's page."""
 
 
 @page("/", title="Overview", nav="Overview")
 async def overview(site: Site) -> None:
     """Runs, devices, alerts at one glance."""
-    seen = await _look(site)
-    with frame("Overview"):
-        tiles = Block(_tiles(seen))
-        alerts = Block(alert_list(seen.alerts)).props('aria-live="polite"')
-        runs = Block(_runs(seen, operator=may(Role.OPERATOR)))
+    system = await site.queries.system()
+    found = await site.queries.alerts()
+    with frame("Overview", heading=False):
+        with ui.element("div").classes("head"):
+            Block(Markup("Overview"), tag="h1")
+            if "/runs/new" in PAGES and may(Role.OPERATOR):
+                Block(anchor("New run", "/runs/new", classes="button primary"))
+        tiles = Block(_tiles(system))
+        alerts = Block(alert_list(found)).props('aria-live="polite"')
+        runs = Pager(site.queries.runs, lambda views: _runs(views, system), size=SHOWN_RUNS)
+        await runs.refresh()
 
         async def refresh() -> None:
-            fresh = await _look(site)
-            tiles.show(_tiles(fresh))
-            alerts.show(alert_list(fresh.alerts))
-            runs.show(_runs(fresh, operator=may(Role.OPERATOR)))
+            nonlocal system
+            system = await site.queries.system()
+            tiles.show(_tiles(system))
+            alerts.show(alert_list(await site.queries.alerts()))
+            await runs.refresh()
 
         keep_fresh(site, refresh)
 
 
-async def _look(site: Site) -> _Seen:
-    listing = await site.queries.runs(Page(size=SHOWN_RUNS))
-    return _Seen(
-        system=await site.queries.system(),
-        runs=listing.items,
-        more_runs=bool(listing.next_token),
-        alerts=await site.queries.alerts(),
-    )
-
-
-def _tiles(seen: _Seen) -> Markup:
-    system = seen.system
+def _tiles(system: SystemView) -> Markup:
     cells = (
         ("Active runs", Markup("{}").format(system.active_runs)),
         ("Devices online", Markup("{} <small>of {:,}</small>").format(f"{system.online_devices:,}", system.devices)),
@@ -77,22 +79,23 @@ def alert_list(alerts: Sequence[Alert]) -> Markup:
     """What needs a person, the worst first; nothing when nothing does."""
     if not alerts:
         return Markup("")
-    rows = []
-    for alert in alerts:
-        tone, word = SEVERITY_SIGNS[alert.severity]
-        sentence = Markup('<span><b class="visually-hidden">{}: </b>{}</span>').format(word, alert.message)
-        rows.append(
-            Markup('<li class="{}" data-key="{}-{}">{}{}</li>').format(
-                tone, alert.code, alert.target, icon(tone), sentence
-            )
-        )
-    return Markup('<ul class="alerts">{}</ul>').format(join(rows))
+    return Markup('<ul class="alerts">{}</ul>').format(join(map(_alert, alerts)))
 
 
-def _runs(seen: _Seen, *, operator: bool) -> Markup:
-    if not seen.runs:
-        return _first_steps(seen.system, operator=operator)
-    return Markup('<div class="runs">{}</div>').format(join(run_card(view) for view in seen.runs))
+def _alert(alert: Alert) -> Markup:
+    tone, word = SEVERITY_SIGNS[alert.severity]
+    address = _ALERT_PAGES.get(alert.code, "/system").format(name=quote(alert.target, safe=""))
+    link = anchor("Show", address) if may_see(address) else Markup("")
+    return Markup('<li class="{}" data-key="{}-{}">{}<span><b class="visually-hidden">{}: </b>{}</span>{}</li>').format(
+        tone, alert.code, alert.target, icon(tone), word, alert.message, link
+    )
+
+
+def _runs(views: tuple[RunView, ...], system: SystemView) -> Markup:
+    if not views:
+        return _first_steps(system, operator=may(Role.OPERATOR))
+    in_order = sorted(views, key=lambda view: (view.run.phase in _ENDED, view.run.phase is not RunPhase.ACTIVE))
+    return Markup('<div class="runs">{}</div>').format(join(run_card(view) for view in in_order))
 
 
 def _first_steps(system: SystemView, *, operator: bool) -> Markup:
@@ -122,11 +125,13 @@ def run_card(view: RunView) -> Markup:
         key=run.id,
         name=anchor(run.name, f"/runs/{run.name}"),
         state=pill(RUN_TONES[run.phase], run.phase.value),
-        why=view.waiting or "It is going on.",
+        why=sentence(view),
         rounds=f"{run.rounds_done:,} of {fmt.count(total, 'round')}",
         bar=bar(run.rounds_done / total, label=f"Rounds of {run.name}", tone=_bar_tone(run.phase)),
         now=_round_line(view),
-        devices=f"{view.online_devices:,} of {fmt.count(view.eligible_devices, 'device')} online",
+        devices=""
+        if run.phase in _ENDED
+        else f"{view.online_devices:,} of {fmt.count(view.eligible_devices, 'device')} online",
         quality=_quality(view),
     )
 
@@ -153,8 +158,8 @@ def _quality(view: RunView) -> Markup:
     points = best_by_version(view)
     if not points:
         return Markup('<div class="quality muted small">Not measured yet</div>')
-    last = points[-1]
-    label = f"Accuracy from {fmt.percent(points[0])} to {fmt.percent(last)} over {len(points)} versions"
+    first, last = points[0].accuracy, points[-1].accuracy
+    label = f"Accuracy from {fmt.percent(first)} to {fmt.percent(last)} over {fmt.count(len(points), 'version')}"
     return Markup(
         '<div class="quality">{}<div class="figure"><b>{}</b><span class="muted small">accuracy</span></div></div>'
-    ).format(sparkline(points, label=label), fmt.percent(last))
+    ).format(sparkline([point.accuracy for point in points], label=label), fmt.percent(last))

@@ -15,7 +15,7 @@ from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.pager import Pager
 from glora_dashboard.pages.parts import Block, card, pill
 from glora_dashboard.pages.run_actions import RunActions
-from glora_dashboard.pages.run_parts import ancestry, rounds_table, settings, this_round, tiles
+from glora_dashboard.pages.run_parts import ancestry, export_link, rounds_table, sentence, settings, this_round, tiles
 from glora_dashboard.pages.signs import RUN_TONES
 from glora_dashboard.pages.site import Site, may
 from glora_server.coordinator.model import Listing, Page
@@ -58,6 +58,7 @@ class _Shown:
 
     title: Block
     actions: RunActions | None
+    export: Block
     why: Block
     tiles: Block
     round: Block
@@ -66,17 +67,20 @@ class _Shown:
     def build(cls, site: Site, view: RunView) -> _Shown:
         with ui.element("div").classes("head"):
             title = Block(_title(view)).classes("head-title")
-            actions = RunActions(site, view) if may(Role.OPERATOR) else None
+            with ui.element("div").classes("actions"):
+                actions = RunActions(site, view) if may(Role.OPERATOR) else None
+                export = Block(export_link(view))
         why = Block(_why(view), tag="p").classes("lead").props('role="status"')
         numbers = Block(tiles(view))
         with card("This round"):
             current = Block(this_round(view))
-        return cls(title=title, actions=actions, why=why, tiles=numbers, round=current)
+        return cls(title=title, actions=actions, export=export, why=why, tiles=numbers, round=current)
 
     def show(self, view: RunView) -> None:
         self.title.show(_title(view))
         if self.actions is not None:
             self.actions.show(view)
+        self.export.show(export_link(view))
         self.why.show(_why(view))
         self.tiles.show(tiles(view))
         self.round.show(this_round(view))
@@ -88,7 +92,7 @@ def _title(view: RunView) -> Markup:
 
 
 def _why(view: RunView) -> Markup:
-    return Markup("{}").format(view.waiting or "It is going on.")
+    return Markup("{}").format(sentence(view))
 
 
 class _Plots:

@@ -47,8 +47,7 @@ def quality_options(series: RunSeries, *, loss: bool) -> Options:
     drawn: list[Options] = [*_spread(best, loss=loss)]
     name = "largest rank" if always is None else f"rank {always}"
     drawn.append(line(name, _scores(best, loss=loss), colour=PALETTE[0]))
-    others = [rank for rank in ranks if rank != always] if len(ranks) > 1 else []
-    for index, rank in enumerate(others[: len(PALETTE) - 1]):
+    for index, rank in enumerate(ranks[1 : len(PALETTE)]):
         scores = [point.score for point in points if point.score.rank == rank]
         drawn.append(line(f"rank {rank}", _scores(scores, loss=loss), colour=PALETTE[index + 1], thin=True))
     return plot(drawn, percent=not loss)

@@ -4,32 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
+from urllib.parse import quote
 
 from markupsafe import Markup
 
 from glora_dashboard.pages import format as fmt
 from glora_dashboard.pages.gantt import progress_words, share_of
 from glora_dashboard.pages.parts import anchor, bar, facts, join, pill, table
-from glora_dashboard.pages.quality import best_by_version
+from glora_dashboard.pages.quality import best_by_version, gain_words
 from glora_dashboard.pages.signs import ASSIGNMENT_SIGNS, ROUND_TONES
 from glora_server.coordinator.views import AssignmentView, RoundView, RunView
 from glora_server.coordinator.views_plots import Ancestor
 from glora_server.rounds.assignment import OPEN, AssignmentPhase
 from glora_server.rounds.ids import DeviceId
 from glora_server.rounds.round import GATHERING, LIVE
+from glora_server.rounds.run import RunPhase
 
 _BUSY_SHOWN: Final = 6
+
+
+def sentence(view: RunView) -> str:
+    """What a run is doing or waits for, in words of the page."""
+    run = view.run
+    if run.phase is RunPhase.CREATED:
+        return "Not started yet: starting it makes the first version and opens rounds."
+    if run.phase is RunPhase.COMPLETED and not view.waiting:
+        return f"All {fmt.count(run.rounds_done, 'round')} are done. Every version that is kept can be exported."
+    return view.waiting or "It is going on."
 
 
 def tiles(view: RunView) -> Markup:
     """The run in five numbers."""
     policy, spec = view.spec.policy, view.spec
     accuracy = best_by_version(view)
-    gain = f"{100 * (accuracy[-1] - accuracy[0]):+.1f} points since the start" if len(accuracy) > 1 else ""
-    version = "–" if view.version_number is None else str(view.version_number)
+    version = fmt.NONE if view.version_number is None else f"{view.version_number:,}"
     cells = (
         ("Rounds done", f"{view.run.rounds_done:,}", f"of {policy.rounds:,}"),
-        ("Accuracy", fmt.percent(accuracy[-1] if accuracy else None), gain),
+        ("Accuracy", fmt.percent(accuracy[-1].accuracy if accuracy else None), gain_words(accuracy)),
         ("Version", version, ""),
         ("Devices online", f"{view.online_devices:,}", f"of {view.eligible_devices:,} that may train"),
         ("Strategy", spec.strategy.name, f"rank up to {spec.lora.max_rank}"),
@@ -39,6 +50,13 @@ def tiles(view: RunView) -> Markup:
         for name, value, more in cells
     )
     return Markup('<dl class="tiles">{}</dl>').format(rows)
+
+
+def export_link(view: RunView) -> Markup:
+    """Where the run's versions are exported; nothing before there is one."""
+    if view.version_number is None:
+        return Markup("")
+    return anchor("Export", f"/exports?run={quote(view.run.name, safe='')}", classes="button")
 
 
 def this_round(view: RunView) -> Markup:
@@ -158,7 +176,7 @@ def _shares(item: Ancestor, names: Mapping[DeviceId, str]) -> Markup:
 def settings(view: RunView) -> Markup:
     """What the run was told to do."""
     spec, policy, plan = view.spec, view.spec.policy, view.spec.training
-    amount = fmt.count(plan.steps, "step") if plan.steps else f"{plan.epochs:g} {'epoch' if plan.epochs == 1 else 'epochs'}"
+    amount = fmt.count(plan.steps, "step") if plan.steps else f"{plan.epochs:g} epoch{'s' * (plan.epochs != 1)}"
     wanted = f"{policy.target_devices} devices" if policy.target_devices else "every device that is there"
     return facts(
         (
