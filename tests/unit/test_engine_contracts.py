@@ -34,3 +34,12 @@ def test_options_that_do_not_go_together_are_refused_before_the_first_round() ->
     assert verdict is not None
     assert verdict.reason is Reason.STRATEGY_OPTIONS
     assert "anchor" in verdict.message
+
+
+@pytest.mark.parametrize("name", sorted(STRATEGIES))
+def test_a_form_learns_every_option_and_whether_the_strategy_serves(name: str) -> None:
+    info = next(info for info in catalogue.strategies() if info.name == name)
+    declared = {option.name: option.default for option in STRATEGIES[name].options}
+    assert {option.name: option.default for option in info.options} == declared
+    assert all(option.choices for option in info.options if option.kind == "choice")
+    assert (info.not_served == "") is (name in SERVED)

@@ -17,7 +17,8 @@ from glora_server.aggregation import (
     check_options,
     find_strategy,
 )
-from glora_server.coordinator.ports import Frozen, StrategyChoice, StrategyInfo
+from glora_server.aggregation.strategies.options import ChoiceOption, NumberOption, Option, RanksOption
+from glora_server.coordinator.ports import Frozen, OptionInfo, StrategyChoice, StrategyInfo
 from glora_wire.errors import GloraError, Reason, Refusal
 
 _INIT: Final[Mapping[InitSource, str]] = {
@@ -113,7 +114,27 @@ def _info(strategy: Strategy, options: Mapping[str, OptionValue], *, round_index
         needs_sent=wanted.needs_sent,
         reset_optimizer=wanted.reset_optimizer,
         may_shrink=wanted.may_shrink,
+        options=tuple(map(_option, strategy.options)),
+        not_served=_not_served(strategy.name, wanted) or "",
     )
+
+
+def _option(option: Option) -> OptionInfo:
+    match option:
+        case ChoiceOption():
+            return OptionInfo(
+                name=option.name,
+                summary=option.summary,
+                kind="choice",
+                default=option.default,
+                choices=option.choices,
+            )
+        case NumberOption():
+            return OptionInfo(
+                name=option.name, summary=option.summary, kind="number", default=option.default, whole=option.whole
+            )
+        case RanksOption():
+            return OptionInfo(name=option.name, summary=option.summary, kind="ranks", default=option.default)
 
 
 def _frozen(wanted: ClientContract) -> Frozen:

@@ -31,12 +31,26 @@ state. "tail": the directions beyond those of a smaller adapter. "state": the di
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OptionInfo:
+    """An option of a strategy, so that a form can ask for it; the strategy checks what is given."""
+
+    name: str
+    summary: str
+    kind: Literal["choice", "number", "ranks"]
+    """One of `choices`; a number; rising ranks, written "4, 8, 16"."""
+    default: str | float | None
+    """None: the strategy chooses."""
+    choices: tuple[str, ...] = ()
+    whole: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyInfo:
     """What a strategy wants of devices in a round (names as in types.proto, lower case) and what it promises.
 
     `frozen`: what of the state devices load beside the adapter that they train: nothing, the directions beyond its
     rank, or all of it. `needs_sent`: aggregation asks for the adapter that each device was sent. `may_shrink`: an
-    update may have a smaller rank than was granted.
+    update may have a smaller rank than was granted. `not_served`: why no run can have it, as a sentence; empty: it can.
     """
 
     name: str
@@ -49,6 +63,8 @@ class StrategyInfo:
     needs_sent: bool = False
     reset_optimizer: bool = True
     may_shrink: bool = False
+    options: tuple[OptionInfo, ...] = ()
+    not_served: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
