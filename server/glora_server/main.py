@@ -221,6 +221,7 @@ class Server:
             ),
             answers=AnswerBook(store=store, clock=engine.clock),
             access=Access(
+                observer=self.metrics,
                 store=store,
                 passwords=passwords,
                 clock=engine.clock,

@@ -18,6 +18,7 @@ from glora_server.coordinator.access_base import MAX_PASSWORD, normal_password, 
 from glora_server.coordinator.access_tokens import PREFIX, ApiTokenAdministration
 from glora_server.coordinator.audit import note
 from glora_server.coordinator.model import new_id
+from glora_server.coordinator.observer import NobodyWatches, Observer, SignIn
 from glora_server.coordinator.people import (
     ADMIN_TOKEN_NAME,
     ApiToken,
@@ -54,6 +55,7 @@ class Access(ApiTokenAdministration):
 
     admin_token: Callable[[str], bool]
     times: SessionTimes = field(default_factory=SessionTimes)
+    observer: Observer = field(default_factory=NobodyWatches)
 
     async def sign_in(self, username: str, password: str, *, origin: str) -> tuple[Principal, str]:
         """A new session and its secret; raises SIGN_IN_REFUSED, or TOO_MANY_REQUESTS saying when to try again.
@@ -88,7 +90,11 @@ class Access(ApiTokenAdministration):
 
     async def _known(self, username: str, password: str, origin: str) -> User:
         name = user_name(username) or ""
-        self.limits.take(name, origin)
+        try:
+            self.limits.take(name, origin)
+        except GloraError:
+            self.observer.signed_in(SignIn.LIMITED)
+            raise
         user = await self.store.read(lambda uow: uow.users.find(name)) if name else None
         given = normal_password(password[: MAX_PASSWORD + 1])
         right = await self.passwords.matches(None if user is None else user.password_hash, given)
@@ -96,9 +102,11 @@ class Access(ApiTokenAdministration):
             # A name that is nobody's is not written down: people type passwords into the wrong field.
             failed = replace(_NOBODY, name="" if user is None else user.name, origin=origin)
             await self.store.write(partial(self._note, failed, "session.refused", failed.name))
+            self.observer.signed_in(SignIn.REFUSED)
             log.info("sign_in_refused", user=failed.name, origin=origin)
             raise _wrong()
         self.limits.succeeded(name, origin)
+        self.observer.signed_in(SignIn.ACCEPTED)
         return user
 
     def _note(self, actor: Principal, action: str, target: str, uow: UnitOfWork) -> None:
