@@ -42,4 +42,6 @@ def test_a_form_learns_every_option_and_whether_the_strategy_serves(name: str) -
     declared = {option.name: option.default for option in STRATEGIES[name].options}
     assert {option.name: option.default for option in info.options} == declared
     assert all(option.choices for option in info.options if option.kind == "choice")
+    words = [word for option in info.options for word in (option.default, *option.choices)]
+    assert {type(word) for word in words} <= {str, float, type(None)}, "an enum's member would carry its module along"
     assert (info.not_served == "") is (name in SERVED)

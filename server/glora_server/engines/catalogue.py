@@ -120,14 +120,15 @@ def _info(strategy: Strategy, options: Mapping[str, OptionValue], *, round_index
 
 
 def _option(option: Option) -> OptionInfo:
+    """The option in plain words: members of the aggregation's enums would bring torch into the server's process."""
     match option:
         case ChoiceOption():
             return OptionInfo(
                 name=option.name,
                 summary=option.summary,
                 kind="choice",
-                default=option.default,
-                choices=option.choices,
+                default=str(option.default),
+                choices=tuple(map(str, option.choices)),
             )
         case NumberOption():
             return OptionInfo(
