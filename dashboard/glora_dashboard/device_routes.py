@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from glora_dashboard.bodies import DevicesQuery, GrantedRank, Name, NewToken, PageQuery
 from glora_dashboard.device_models import AgreementAnswer, WorkAnswer
+from glora_dashboard.etags import IfMatch
 from glora_dashboard.models import DeviceAnswer, DeviceRecordAnswer, NewTokenAnswer, PageAnswer, TokenAnswer
 from glora_dashboard.permission import Operator, least
 from glora_dashboard.ports import Commands, Queries
@@ -40,24 +41,24 @@ def device_routes(commands: Commands, queries: Queries) -> APIRouter:
         return PageAnswer(items=items, next_page_token=listing.next_token)
 
     @routes.post("/{name}/approve")
-    async def approve_device(actor: Operator, name: Name) -> DeviceRecordAnswer:
+    async def approve_device(actor: Operator, name: Name, expected: IfMatch) -> DeviceRecordAnswer:
         """Let a pending or suspended device work."""
-        return DeviceRecordAnswer.of_device(await commands.approve_device(actor, name))
+        return DeviceRecordAnswer.of_device(await commands.approve_device(actor, name, expected=expected))
 
     @routes.post("/{name}/suspend")
-    async def suspend_device(actor: Operator, name: Name) -> DeviceRecordAnswer:
+    async def suspend_device(actor: Operator, name: Name, expected: IfMatch) -> DeviceRecordAnswer:
         """Give a device no work until it is approved again."""
-        return DeviceRecordAnswer.of_device(await commands.suspend_device(actor, name))
+        return DeviceRecordAnswer.of_device(await commands.suspend_device(actor, name, expected=expected))
 
     @routes.post("/{name}/revoke")
-    async def revoke_device(actor: Operator, name: Name) -> DeviceRecordAnswer:
+    async def revoke_device(actor: Operator, name: Name, expected: IfMatch) -> DeviceRecordAnswer:
         """Refuse a device for good; it would have to join again with another name."""
-        return DeviceRecordAnswer.of_device(await commands.revoke_device(actor, name))
+        return DeviceRecordAnswer.of_device(await commands.revoke_device(actor, name, expected=expected))
 
     @routes.post("/{name}/rank")
-    async def set_device_rank(actor: Operator, name: Name, body: GrantedRank) -> DeviceRecordAnswer:
+    async def set_device_rank(actor: Operator, name: Name, body: GrantedRank, expected: IfMatch) -> DeviceRecordAnswer:
         """Grant another rank, from the device's next assignment on."""
-        return DeviceRecordAnswer.of_device(await commands.set_device_rank(actor, name, body.rank))
+        return DeviceRecordAnswer.of_device(await commands.set_device_rank(actor, name, body.rank, expected=expected))
 
     return routes
 

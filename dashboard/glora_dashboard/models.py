@@ -122,6 +122,7 @@ class DeviceRecordAnswer(Answer):
     certificate_expires_at: float
     created_at: float
     last_seen_at: float | None
+    row_version: int = Field(description="Grows with every change; If-Match takes it.")
     profile: ProfileAnswer
 
     @classmethod

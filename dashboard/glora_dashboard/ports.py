@@ -68,19 +68,19 @@ class Commands(Protocol):
         """No device may join with it any more."""
         ...
 
-    async def approve_device(self, actor: Principal, name: str) -> Device:
+    async def approve_device(self, actor: Principal, name: str, *, expected: int | None = None) -> Device:
         """It may work."""
         ...
 
-    async def suspend_device(self, actor: Principal, name: str) -> Device:
+    async def suspend_device(self, actor: Principal, name: str, *, expected: int | None = None) -> Device:
         """It may not work until it is approved again."""
         ...
 
-    async def revoke_device(self, actor: Principal, name: str) -> Device:
+    async def revoke_device(self, actor: Principal, name: str, *, expected: int | None = None) -> Device:
         """It is refused for good."""
         ...
 
-    async def set_device_rank(self, actor: Principal, name: str, rank: int) -> Device:
+    async def set_device_rank(self, actor: Principal, name: str, rank: int, *, expected: int | None = None) -> Device:
         """Grant another rank, from the next assignment on."""
         ...
 
@@ -88,27 +88,29 @@ class Commands(Protocol):
         """A new run."""
         ...
 
-    async def start_run(self, actor: Principal, name: str) -> Run:
+    async def start_run(self, actor: Principal, name: str, *, expected: int | None = None) -> Run:
         """Make the first state and open rounds."""
         ...
 
-    async def pause_run(self, actor: Principal, name: str) -> Run:
+    async def pause_run(self, actor: Principal, name: str, *, expected: int | None = None) -> Run:
         """Open no further round."""
         ...
 
-    async def resume_run(self, actor: Principal, name: str) -> Run:
+    async def resume_run(self, actor: Principal, name: str, *, expected: int | None = None) -> Run:
         """Open rounds again."""
         ...
 
-    async def abort_run(self, actor: Principal, name: str, reason: str) -> Run:
+    async def abort_run(self, actor: Principal, name: str, reason: str, *, expected: int | None = None) -> Run:
         """End the run and its round."""
         ...
 
-    async def extend_round(self, actor: Principal, name: str, seconds: float) -> Round:
+    async def extend_round(self, actor: Principal, name: str, seconds: float, *, expected: int | None = None) -> Round:
         """Move the deadline of the run's open round."""
         ...
 
-    async def edit_policy(self, actor: Principal, name: str, changes: Mapping[str, object]) -> Run:
+    async def edit_policy(
+        self, actor: Principal, name: str, changes: Mapping[str, object], *, expected: int | None = None
+    ) -> Run:
         """Change keys of the run's policy, from the next round on."""
         ...
 

@@ -80,9 +80,11 @@ def add_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _on_bug)
 
 
-def _on_glora_error(_request: Request, error: Exception) -> Response:
+def _on_glora_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, GloraError):
         raise error
+    if error.reason is Reason.STALE_STATE and "if-match" in request.headers:
+        return problem_response(error, http.HTTPStatus.PRECONDITION_FAILED)
     return problem_response(error)
 
 

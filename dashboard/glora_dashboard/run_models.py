@@ -108,6 +108,7 @@ class RunAnswer(Answer):
     round: RoundAnswer | None
     evaluations: list[AssignmentAnswer]
     scores: list[ScoreAnswer] = Field(description="Of the newest 50 versions; /series has all of them.")
+    row_version: int = Field(description="Grows with every change of the run itself; If-Match takes it.")
     revision: int = Field(description="Grows with every change; ?wait=REVISION answers when it is another one.")
 
     @classmethod
@@ -136,6 +137,7 @@ class RunAnswer(Answer):
             round=None if view.round is None else RoundAnswer.of(view.round),
             evaluations=[AssignmentAnswer.of(assignment) for assignment in view.evaluations],
             scores=[ScoreAnswer.model_validate(score) for score in view.scores],
+            row_version=run.row_version,
             revision=view.revision,
         )
 

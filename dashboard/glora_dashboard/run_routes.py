@@ -8,6 +8,7 @@ from typing import Annotated, Final
 from fastapi import APIRouter, Query
 
 from glora_dashboard.bodies import Abort, Extension, Name, NewRun, PageQuery, PolicyChanges
+from glora_dashboard.etags import IfMatch
 from glora_dashboard.history_routes import history_routes
 from glora_dashboard.models import PageAnswer
 from glora_dashboard.permission import Operator, least
@@ -61,38 +62,38 @@ def _add_commands(routes: APIRouter, commands: Commands, queries: Queries) -> No
         return RunAnswer.of(await queries.run(run.name))
 
     @routes.post("/{name}/start")
-    async def start_run(actor: Operator, name: Name) -> RunAnswer:
+    async def start_run(actor: Operator, name: Name, expected: IfMatch) -> RunAnswer:
         """Make the first state and begin with the rounds."""
-        await commands.start_run(actor, name)
+        await commands.start_run(actor, name, expected=expected)
         return RunAnswer.of(await queries.run(name))
 
     @routes.post("/{name}/pause")
-    async def pause_run(actor: Operator, name: Name) -> RunAnswer:
+    async def pause_run(actor: Operator, name: Name, expected: IfMatch) -> RunAnswer:
         """Open no further round; an open one goes on."""
-        await commands.pause_run(actor, name)
+        await commands.pause_run(actor, name, expected=expected)
         return RunAnswer.of(await queries.run(name))
 
     @routes.post("/{name}/resume")
-    async def resume_run(actor: Operator, name: Name) -> RunAnswer:
+    async def resume_run(actor: Operator, name: Name, expected: IfMatch) -> RunAnswer:
         """Open rounds again."""
-        await commands.resume_run(actor, name)
+        await commands.resume_run(actor, name, expected=expected)
         return RunAnswer.of(await queries.run(name))
 
     @routes.post("/{name}/abort")
-    async def abort_run(actor: Operator, name: Name, body: Abort) -> RunAnswer:
+    async def abort_run(actor: Operator, name: Name, body: Abort, expected: IfMatch) -> RunAnswer:
         """End the run and its open round for good."""
-        await commands.abort_run(actor, name, body.reason)
+        await commands.abort_run(actor, name, body.reason, expected=expected)
         return RunAnswer.of(await queries.run(name))
 
     @routes.post("/{name}/extend")
-    async def extend_round(actor: Operator, name: Name, body: Extension) -> RoundRecordAnswer:
+    async def extend_round(actor: Operator, name: Name, body: Extension, expected: IfMatch) -> RoundRecordAnswer:
         """Move the deadline of the open round."""
-        return RoundRecordAnswer.of_round(await commands.extend_round(actor, name, body.seconds))
+        return RoundRecordAnswer.of_round(await commands.extend_round(actor, name, body.seconds, expected=expected))
 
     @routes.patch("/{name}/policy")
-    async def edit_policy(actor: Operator, name: Name, body: PolicyChanges) -> RunAnswer:
+    async def edit_policy(actor: Operator, name: Name, body: PolicyChanges, expected: IfMatch) -> RunAnswer:
         """Change keys of the policy, from the next round on."""
-        await commands.edit_policy(actor, name, body.changes)
+        await commands.edit_policy(actor, name, body.changes, expected=expected)
         return RunAnswer.of(await queries.run(name))
 
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 from fake_history import FakeHistory
 
 from glora_dashboard.ports import Flavour, HealthCheck
+from glora_server.coordinator.errors import unchanged
 from glora_server.coordinator.feed import ChangeKind, Feed
 from glora_server.coordinator.model import (
     AuditEntry,
@@ -163,19 +164,19 @@ class FakeServer(FakeHistory):
         self._note(actor, "token.revoke", token_id)
         return token
 
-    async def approve_device(self, actor: Principal, name: str) -> Device:
-        return self._change(actor, "device.approve", name, state=DeviceState.APPROVED)
+    async def approve_device(self, actor: Principal, name: str, *, expected: int | None = None) -> Device:
+        return self._change(actor, "device.approve", name, expected, state=DeviceState.APPROVED)
 
-    async def suspend_device(self, actor: Principal, name: str) -> Device:
-        return self._change(actor, "device.suspend", name, state=DeviceState.SUSPENDED)
+    async def suspend_device(self, actor: Principal, name: str, *, expected: int | None = None) -> Device:
+        return self._change(actor, "device.suspend", name, expected, state=DeviceState.SUSPENDED)
 
-    async def revoke_device(self, actor: Principal, name: str) -> Device:
-        return self._change(actor, "device.revoke", name, state=DeviceState.REVOKED)
+    async def revoke_device(self, actor: Principal, name: str, *, expected: int | None = None) -> Device:
+        return self._change(actor, "device.revoke", name, expected, state=DeviceState.REVOKED)
 
-    async def set_device_rank(self, actor: Principal, name: str, rank: int) -> Device:
+    async def set_device_rank(self, actor: Principal, name: str, rank: int, *, expected: int | None = None) -> Device:
         if rank > 16:
             raise GloraError(Reason.RANK_NOT_ALLOWED, f"{name} said that it can train ranks up to 16, not {rank}.")
-        return self._change(actor, "device.rank", name, rank=rank)
+        return self._change(actor, "device.rank", name, expected, rank=rank)
 
     async def create_run(self, actor: Principal, spec: RunSpec, manifest: Manifest, *, start: bool) -> Run:  # noqa: ARG002
         if spec.name in self.run_records:
@@ -185,31 +186,35 @@ class FakeServer(FakeHistory):
         self._note(actor, "run.create", spec.name)
         return run
 
-    async def start_run(self, actor: Principal, name: str) -> Run:
-        return self._advance(actor, name, RunEvent.START)
+    async def start_run(self, actor: Principal, name: str, *, expected: int | None = None) -> Run:
+        return self._advance(actor, name, RunEvent.START, expected=expected)
 
-    async def pause_run(self, actor: Principal, name: str) -> Run:
-        return self._advance(actor, name, RunEvent.PAUSE)
+    async def pause_run(self, actor: Principal, name: str, *, expected: int | None = None) -> Run:
+        return self._advance(actor, name, RunEvent.PAUSE, expected=expected)
 
-    async def resume_run(self, actor: Principal, name: str) -> Run:
-        return self._advance(actor, name, RunEvent.RESUME)
+    async def resume_run(self, actor: Principal, name: str, *, expected: int | None = None) -> Run:
+        return self._advance(actor, name, RunEvent.RESUME, expected=expected)
 
-    async def abort_run(self, actor: Principal, name: str, reason: str) -> Run:
-        return self._advance(actor, name, RunEvent.ABORT, reason)
+    async def abort_run(self, actor: Principal, name: str, reason: str, *, expected: int | None = None) -> Run:
+        return self._advance(actor, name, RunEvent.ABORT, reason, expected=expected)
 
     async def complete_run(self, name: str) -> Run:
         """What the engine does after the last round."""
         return self._advance(ENGINE, name, RunEvent.COMPLETE)
 
-    async def extend_round(self, actor: Principal, name: str, seconds: float) -> Round:
+    async def extend_round(self, actor: Principal, name: str, seconds: float, *, expected: int | None = None) -> Round:
         run, _ = self._find(name)
+        unchanged(run, expected)
         self.round_deadline += seconds
         self._note(actor, "round.extend", name)
         return self._round(run).round
 
-    async def edit_policy(self, actor: Principal, name: str, changes: Mapping[str, object]) -> Run:
+    async def edit_policy(
+        self, actor: Principal, name: str, changes: Mapping[str, object], *, expected: int | None = None
+    ) -> Run:
         run, spec = self._find(name)
-        self.run_records[name] = (run, spec.with_policy(changes))
+        version = unchanged(run, expected).row_version + 1
+        self.run_records[name] = (replace(run, row_version=version), spec.with_policy(changes))
         self._note(actor, "run.edit", name)
         return run
 
@@ -351,10 +356,20 @@ class FakeServer(FakeHistory):
         self.news = asyncio.Event()
 
     def _change(
-        self, actor: Principal, action: str, name: str, *, state: DeviceState | None = None, rank: int | None = None
+        self,
+        actor: Principal,
+        action: str,
+        name: str,
+        expected: int | None,
+        *,
+        state: DeviceState | None = None,
+        rank: int | None = None,
     ) -> Device:
-        found = self._device(name)
-        changed = replace(found, state=state or found.state, granted_rank=rank or found.granted_rank)
+        found = unchanged(self._device(name), expected)
+        version = found.row_version + 1
+        changed = replace(
+            found, row_version=version, state=state or found.state, granted_rank=rank or found.granted_rank
+        )
         self.device_records[name] = changed
         self._note(actor, action, name)
         return changed
@@ -369,9 +384,12 @@ class FakeServer(FakeHistory):
             raise GloraError(Reason.RUN_UNKNOWN, f"There is no run {name}; there is demo.", run=name)
         return self.run_records[name]
 
-    def _advance(self, actor: Principal, name: str, event: RunEvent, message: str = "") -> Run:
+    def _advance(
+        self, actor: Principal, name: str, event: RunEvent, message: str = "", *, expected: int | None = None
+    ) -> Run:
         run, spec = self._find(name)
-        run = replace(run, phase=advance(run.phase, event), message=message or run.message)
+        version = unchanged(run, expected).row_version + 1
+        run = replace(run, phase=advance(run.phase, event), message=message or run.message, row_version=version)
         self.run_records[name] = (run, spec)
         self._note(actor, f"run.{event.value}", name)
         return run

@@ -161,7 +161,7 @@ def test_a_device_shows_what_it_is_doing_and_no_key(client: TestClient) -> None:
     answer = client.get("/api/v1/devices/pi-1").json()
     assert answer["current"]["progress"] == {"phase": "uploading", "done": 61, "total": 100, "loss": 0.4, "at": 1.8e9}
     assert answer["profile"]["training_rows"] == 1000
-    assert not {"key_sha256", "certificate_pem", "row_version"} & answer.keys()
+    assert not {"key_sha256", "certificate_pem"} & answer.keys()
 
 
 def test_devices_are_approved_suspended_revoked_and_ranked(client: TestClient, server: FakeServer) -> None:

@@ -12,6 +12,7 @@ import structlog
 
 from glora_server.coordinator.audit import note
 from glora_server.coordinator.engine import Engine, one
+from glora_server.coordinator.errors import unchanged
 from glora_server.coordinator.exports import Exporter, Flavour
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import Device, DeviceState, Run, TokenRecord
@@ -102,21 +103,23 @@ class Commands:
 
         return await self.store.write(work)
 
-    async def approve_device(self, actor: Principal, name: str) -> Device:
+    async def approve_device(self, actor: Principal, name: str, *, expected: int | None = None) -> Device:
         """It may work."""
-        return await self._set_state(actor, name, DeviceState.APPROVED, "device.approve")
+        return await self._set_state(actor, name, DeviceState.APPROVED, "device.approve", expected)
 
-    async def suspend_device(self, actor: Principal, name: str) -> Device:
+    async def suspend_device(self, actor: Principal, name: str, *, expected: int | None = None) -> Device:
         """It may not work until it is approved again."""
-        return await self._set_state(actor, name, DeviceState.SUSPENDED, "device.suspend")
+        return await self._set_state(actor, name, DeviceState.SUSPENDED, "device.suspend", expected)
 
-    async def revoke_device(self, actor: Principal, name: str) -> Device:
+    async def revoke_device(self, actor: Principal, name: str, *, expected: int | None = None) -> Device:
         """It is refused for good, at once; its open assignments end."""
-        return await self._set_state(actor, name, DeviceState.REVOKED, "device.revoke")
+        return await self._set_state(actor, name, DeviceState.REVOKED, "device.revoke", expected)
 
-    async def _set_state(self, actor: Principal, name: str, state: DeviceState, action: str) -> Device:
+    async def _set_state(
+        self, actor: Principal, name: str, state: DeviceState, action: str, expected: int | None
+    ) -> Device:
         def work(uow: UnitOfWork) -> tuple[Device, list[Transition]]:
-            device = uow.devices.by_name(name)
+            device = unchanged(uow.devices.by_name(name), expected)
             if device.state is DeviceState.REVOKED and state is not DeviceState.REVOKED:
                 raise GloraError(
                     Reason.DEVICE_REVOKED, f"Device {name} was revoked for good; let it join again with a new token."
@@ -146,13 +149,13 @@ class Commands:
                 moved.append(step(uow, assignment.round_id, Moved(assignment.id, Fail(refusal)), at=self.clock()))
         return moved
 
-    async def set_device_rank(self, actor: Principal, name: str, rank: int) -> Device:
+    async def set_device_rank(self, actor: Principal, name: str, rank: int, *, expected: int | None = None) -> Device:
         """Grant another rank, from the next assignment on."""
         if not 1 <= rank <= 4096:
             raise GloraError(Reason.SPEC_INVALID, f"A rank is between 1 and 4096, not {rank}.")
 
         def work(uow: UnitOfWork) -> Device:
-            device = uow.devices.by_name(name)
+            device = unchanged(uow.devices.by_name(name), expected)
             saved = uow.devices.save(replace(device, granted_rank=rank))
             before, after = {"granted_rank": device.granted_rank}, {"granted_rank": rank}
             self._note(uow, actor, "device.set-rank", saved.name, before=before, after=after)
@@ -177,14 +180,14 @@ class Commands:
         await self.store.write(work)
         return await self.start_run(actor, run.id) if start else run
 
-    async def start_run(self, actor: Principal, name: str) -> Run:
+    async def start_run(self, actor: Principal, name: str, *, expected: int | None = None) -> Run:
         """Make the first state and open rounds."""
         found = await self.store.read(lambda uow: uow.runs.by_name(name))
         run_machine.advance(found.phase, RunEvent.START)
         version_id = await self.starter.first_version(found)
 
         def work(uow: UnitOfWork) -> Run:
-            run = uow.runs.get(found.id)
+            run = unchanged(uow.runs.get(found.id), expected)
             phase = run_machine.advance(run.phase, RunEvent.START)
             uow.versions.publish(version_id, "{}")
             self._note(uow, actor, "run.start", run.name, before={"phase": run.phase}, after={"phase": phase})
@@ -192,29 +195,29 @@ class Commands:
 
         return await self._changed(await self.store.write(work))
 
-    async def pause_run(self, actor: Principal, name: str) -> Run:
+    async def pause_run(self, actor: Principal, name: str, *, expected: int | None = None) -> Run:
         """Open no further round; a round that is open goes on."""
-        return await self._advance(actor, name, RunEvent.PAUSE)
+        return await self._advance(actor, name, RunEvent.PAUSE, expected)
 
-    async def resume_run(self, actor: Principal, name: str) -> Run:
+    async def resume_run(self, actor: Principal, name: str, *, expected: int | None = None) -> Run:
         """Open rounds again."""
-        return await self._advance(actor, name, RunEvent.RESUME)
+        return await self._advance(actor, name, RunEvent.RESUME, expected)
 
-    async def _advance(self, actor: Principal, name: str, event: RunEvent) -> Run:
+    async def _advance(self, actor: Principal, name: str, event: RunEvent, expected: int | None) -> Run:
         def work(uow: UnitOfWork) -> Run:
-            run = uow.runs.by_name(name)
+            run = unchanged(uow.runs.by_name(name), expected)
             phase = run_machine.advance(run.phase, event)
             self._note(uow, actor, f"run.{event}", run.name, before={"phase": run.phase}, after={"phase": phase})
             return uow.runs.save(replace(run, phase=phase))
 
         return await self._changed(await self.store.write(work))
 
-    async def abort_run(self, actor: Principal, name: str, reason: str) -> Run:
+    async def abort_run(self, actor: Principal, name: str, reason: str, *, expected: int | None = None) -> Run:
         """End the run and its round; what was aggregated stays and can be exported."""
         message = reason or f"The run was aborted by {actor.name}."
 
         def work(uow: UnitOfWork) -> tuple[Run, Transition | None]:
-            run = uow.runs.by_name(name)
+            run = unchanged(uow.runs.by_name(name), expected)
             phase = run_machine.advance(run.phase, RunEvent.ABORT)
             latest = uow.rounds.latest(run.id)
             ended = None
@@ -231,13 +234,13 @@ class Commands:
         run, _ = await self.engine.commit(work, moved=lambda made: one(made[1]))
         return await self._changed(run)
 
-    async def extend_round(self, actor: Principal, name: str, seconds: float) -> Round:
+    async def extend_round(self, actor: Principal, name: str, seconds: float, *, expected: int | None = None) -> Round:
         """Move the deadline of the run's open round by `seconds`."""
         if not 1.0 <= seconds <= 30 * 86400:
             raise GloraError(Reason.SPEC_INVALID, f"seconds must be between 1 and 2592000, not {seconds:g}.")
 
         def work(uow: UnitOfWork) -> Transition:
-            run = uow.runs.by_name(name)
+            run = unchanged(uow.runs.by_name(name), expected)
             latest = uow.rounds.latest(run.id)
             if latest is None or latest.phase not in GATHERING or latest.deadline_at is None:
                 raise GloraError(Reason.ILLEGAL_TRANSITION, f"Run {run.name} has no round that collects updates now.")
@@ -249,7 +252,9 @@ class Commands:
         done = await self.engine.commit(work, moved=one)
         return done.after
 
-    async def edit_policy(self, actor: Principal, name: str, changes: Mapping[str, object]) -> Run:
+    async def edit_policy(
+        self, actor: Principal, name: str, changes: Mapping[str, object], *, expected: int | None = None
+    ) -> Run:
         """Change keys of the run's policy; they count for the open round too, except what was decided already.
 
         Raises SPEC_INVALID, also when devices of other ranks would come in that the strategy cannot mix.
@@ -260,7 +265,7 @@ class Commands:
             await self.starter.check_strategy(after)
 
         def work(uow: UnitOfWork) -> tuple[Run, Transition | None]:
-            run = uow.runs.by_name(name)
+            run = unchanged(uow.runs.by_name(name), expected)
             old = RunSpec.from_json(run.spec_json)
             spec = old.with_policy(changes)
             latest = uow.rounds.latest(run.id)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+from typing import TypeVar
 
+from glora_server.coordinator.model import Device, Run
 from glora_server.coordinator.people import Principal, Role
 from glora_server.rounds.assignment import Assignment
 from glora_wire.errors import GloraError, Reason
+
+Changing = TypeVar("Changing", Device, Run)
 
 
 def require_role(principal: Principal, role: Role) -> Principal:
@@ -51,3 +55,16 @@ def storage_error(error: OSError) -> GloraError:
             Reason.STORAGE_FULL, "The server's disk is full; the operator has been told, try again later."
         )
     return GloraError(Reason.INTERNAL, f"The server could not store the bytes: {error.strerror}.")
+
+
+def unchanged(record: Changing, expected: int | None) -> Changing:
+    """The record, when it has the row version that whoever changes it knows (None: any); raises STALE_STATE."""
+    if expected is None or record.row_version == expected:
+        return record
+    raise GloraError(
+        Reason.STALE_STATE,
+        f"{record.name} was changed since you looked at it (its row_version is {record.row_version}, not {expected}); "
+        "look at it again and repeat the change.",
+        row_version=record.row_version,
+        expected=expected,
+    )
