@@ -1,0 +1,92 @@
+"""A shard folded in batches of modules, as on a GPU, against one module at a time; all on the CPU."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import engine_cases as cases
+import pytest
+import torch
+
+from glora_server.aggregation.fast.intake import Group, ModuleRound, VoteRule, read_groups
+from glora_server.coordinator.ports import AggregatedPart, AggregateJob, StrategyChoice
+from glora_server.engines import folding, jobs
+from glora_server.engines.states import module_state
+from glora_wire.errors import GloraError, Reason
+
+SHAPES = {"enc.0.query": (72, 40), "enc.0.value": (72, 40), "enc.1.query": (64, 40), "enc.1.value": (72, 40)}
+FAST = StrategyChoice(name="glora", options={"accuracy": "fast"})
+ALL = 1 << 30
+
+
+def shard(folder: Path, monkeypatch: pytest.MonkeyPatch, strategy: StrategyChoice = FAST) -> AggregateJob:
+    """Three devices of ranks 2, 4, 8 over version 0 of four modules and a head."""
+    monkeypatch.setattr(cases, "SHAPES", SHAPES)
+    parts = jobs.initialise(cases.initial(8, strategy), cases.CPU)
+    updates = []
+    for rank in (2, 4, 8):
+        sent = cases.header_only(folder / f"r{rank}.sent", rank)
+        jobs.render(replace(cases.rendering(sent, parts, rank, version=0), strategy=strategy), cases.CPU)
+        updates.append(cases.update_of(cases.trained(sent, folder / f"r{rank}.st", rank), sent, float(rank)))
+    return cases.folding(parts, tuple(updates), strategy=strategy)
+
+
+def agree(one: AggregatedPart, other: AggregatedPart) -> None:
+    assert one.part.name == other.part.name
+    if one.part.name == cases.HEAD:
+        assert one.part == other.part
+        return
+    first, second = (module_state(item.part, strategy="glora", device=cases.CPU) for item in (one, other))
+    assert first.rank > 0
+    assert torch.allclose(first.u @ first.a, second.u @ second.a, atol=1e-5)
+
+
+def test_batches_give_what_single_modules_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds; the second one goes on from states."""
+    job = shard(tmp_path, monkeypatch)
+    sizes = []
+
+    def counted(rule: VoteRule, modules: Sequence[ModuleRound], *, stack: bool) -> tuple[Group, ...]:
+        sizes.append((len(modules), stack))
+        return read_groups(rule, modules, stack=stack)
+
+    monkeypatch.setattr("glora_server.aggregation.fast.fold.read_groups", counted)
+    for _ in range(2):
+        sizes.clear()
+        together, alone = folding.fold(job, cases.CPU, batch_bytes=ALL), folding.fold(job, cases.CPU)
+        assert sizes == [(3, True), (1, True), *[(1, False)] * 4]
+        for one, other in zip(together, alone, strict=True):
+            agree(one, other)
+        job = replace(job, parts=tuple(item.part for item in alone))
+
+
+def test_no_more_is_loaded_at_once_than_the_limit_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = shard(tmp_path, monkeypatch)
+    sizes = []
+    fold_modules = folding._fold_modules
+
+    def counted(modules: Sequence[folding._Module], job: AggregateJob) -> dict[int, AggregatedPart]:
+        sizes.append(len(modules))
+        return fold_modules(modules, job)
+
+    monkeypatch.setattr(folding, "_fold_modules", counted)
+    of_one = 4 * (2 + 4 + 8) * (72 + 40)
+    made = folding.fold(job, cases.CPU, batch_bytes=of_one + 1)
+    assert sizes == [2, 2, 0]
+    for one, other in zip(made, folding.fold(job, cases.CPU), strict=True):
+        agree(one, other)
+
+
+def test_a_batch_that_fails_names_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = shard(tmp_path, monkeypatch)
+    broken = replace(job.updates[1], scales={**job.updates[1].scales, "enc.1.query": float("nan")})
+    job = replace(job, updates=(job.updates[0], broken, job.updates[2]))
+    with pytest.raises(GloraError, match=r"^enc\.1\.query could not be aggregated: Update 1 .*1 = r4") as caught:
+        folding.fold(job, cases.CPU, batch_bytes=ALL)
+    assert caught.value.reason is Reason.AGGREGATION_FAILED
+
+
+def test_strategies_without_batches_do_not_mind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = shard(tmp_path, monkeypatch, StrategyChoice(name="flexlora", options={}))
+    together, alone = folding.fold(job, cases.CPU, batch_bytes=ALL), folding.fold(job, cases.CPU)
+    assert [item.part for item in together] == [item.part for item in alone]
