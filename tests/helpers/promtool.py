@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -30,3 +31,21 @@ def promtool(*words: str | Path, stdin: str = "") -> str:
 def series_in(expression: str) -> set[str]:
     """Names of the series that an expression asks for; strings and lists of labels aside."""
     return set(_NAME.findall(_LABELS.sub("", _LITERAL.sub('""', expression))))
+
+
+def expressions(dashboard: Path) -> list[str]:
+    """Every expression of a dashboard's panels, with Grafana's variables filled in."""
+    panels = json.loads(dashboard.read_text(encoding="utf-8"))["panels"]
+    found = [target["expr"] for panel in panels for target in panel.get("targets") or ()]
+    return [expr.replace("$__rate_interval", "5m").replace("$run", ".*") for expr in found]
+
+
+def alert_expressions() -> dict[str, str]:
+    """The expression of every alert, read line by line: the tests need no YAML otherwise."""
+    found: dict[str, str] = {}
+    for block in RULES.read_text(encoding="utf-8").split("- alert: ")[1:]:
+        name = block.split("\n", 1)[0].strip()
+        expression = re.search(r"expr: (?:\|\n((?: {10,}.*\n)+)|(.*)\n)", block)
+        assert expression is not None, f"{name} has no expression"
+        found[name] = expression[1] or expression[2]
+    return found

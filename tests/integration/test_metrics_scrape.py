@@ -17,7 +17,7 @@ from glora_processes import until
 from hand_device import HandDevice, State, packed, trained
 from prometheus_client import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
-from promtool import promtool
+from promtool import DEPLOY, alert_expressions, expressions, promtool, series_in
 
 from glora.v1 import coordinator_pb2, types_pb2
 from glora_dashboard.run_models import RunAnswer
@@ -173,6 +173,15 @@ def test_no_series_names_a_device_an_assignment_or_a_path(page: Scrape, federati
     }
     assert not labels & (ids | set(NAMES))
     assert "/api/v1/runs/watched" not in labels
+
+
+def test_dashboards_and_alerts_ask_for_what_is_exported(page: Scrape) -> None:
+    dashboards = sorted((DEPLOY / "grafana" / "dashboards").glob("*.json"))
+    asked = [expression for path in dashboards for expression in expressions(path)] + [*alert_expressions().values()]
+    exported = {sample.name for family in page.families.values() for sample in family.samples} | {"up"}
+    for expression in asked:
+        assert series_in(expression), expression
+        assert series_in(expression) <= exported, expression
 
 
 def test_a_run_that_is_over_has_no_series(page: Scrape, federation: Federation) -> None:
