@@ -115,12 +115,13 @@ def safe_next(address: str) -> str:
 
 def _host_of(header: str) -> str:
     if header.startswith("["):
-        return header[1:].partition("]")[0]
+        name, closed, _ = header[1:].partition("]")
+        return name if closed else header
     return header.partition(":")[0] if header.count(":") <= 1 else header
 
 
 def _plain(name: str) -> str:
-    return name.strip().lower().rstrip(".").strip("[]")
+    return name.strip().lower().rstrip(".")
 
 
 def _is_address(name: str) -> bool:
