@@ -16,6 +16,7 @@ from glora_server.coordinator.model import AuditEntry
 _WORDS: Final[Mapping[str, str]] = {
     "api-token.create": "made an API token",
     "api-token.revoke": "revoked an API token",
+    "device.enrol": "joined with a device",
     "device.approve": "approved a device",
     "device.revoke": "revoked a device",
     "device.set-rank": "changed a device's rank",

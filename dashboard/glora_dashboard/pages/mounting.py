@@ -13,13 +13,26 @@ from nicegui import ui
 from starlette.routing import BaseRoute, Match, Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from glora_dashboard.pages import overview, round, run  # noqa: A004 - the page of a round
+from glora_dashboard.pages import (
+    account,
+    audit,
+    device,
+    devices,
+    enrolment,
+    exports,
+    new_run,
+    overview,
+    people,
+    round,  # noqa: A004 - the page of a round
+    run,
+    system,
+)
 from glora_dashboard.pages.assets import MARK, STATIC, STATIC_PREFIX
 from glora_dashboard.pages.not_found import show_missing_page
 from glora_dashboard.pages.site import Site, put_site
 
-_PAGES: Final = (overview, run, round)
-"""Modules whose import registers pages."""
+_PAGES: Final = (overview, new_run, run, round, devices, device, enrolment, exports, audit, system, people, account)
+"""Modules whose import registers pages; new_run before run, whose path would take its own."""
 _RECONNECT_SECONDS: Final = 20.0
 
 

@@ -83,7 +83,9 @@ def _check(check: HealthCheck) -> Markup:
 
 
 def _worker(system: SystemView) -> Markup:
-    words = "never" if not system.worker_restarts else f"{system.worker_restarts:,} times since the server started"
+    words = (
+        f"{fmt.count(system.worker_restarts, 'time')} since the server started" if system.worker_restarts else "never"
+    )
     return facts(
         (
             ("Aggregation runs on", system.worker_device or "starting"),
