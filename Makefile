@@ -2,11 +2,13 @@
 # make test    set up .venv and run the tests (PYTEST_ARGS="-m 'not e2e and not slow'" for the quick ones)
 # make test-slow  the tests that take minutes: a whole demo, kills at random, every strategy with real devices
 # make check   what CI runs besides the tests: format, lint, types, layers, generated stubs
+# make screenshots  pictures of every page, light, dark and on a phone, into build/screenshots (needs Chromium)
 # make clean   remove what make made
 
 PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -m "not slow"
+SCREENSHOT_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ SOURCES := server client dashboard proto/glora_wire tests
 INSTALL := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check clean
+.PHONY: help demo test test-slow check screenshots clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -38,6 +40,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	tools/generate_stubs.sh --check
+
+screenshots: $(VENV)/.installed-dev
+	$(BIN)/python tools/screenshots.py $(SCREENSHOT_ARGS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -30,6 +30,7 @@ _LABELS: Final[Mapping[str, str]] = {
     "gather_seconds": "Gathering (seconds)",
     "too_few": "When too few answered",
     "max_attempts": "Attempts of a round",
+    "retry_seconds": "Rest before a retry (seconds)",
     "sampling": "Drawing devices",
     "tags": "Tags (comma between)",
     "min_rank": "Smallest rank",
@@ -49,7 +50,6 @@ async def edit_policy(site: Site, view: RunView) -> None:
     name, before = view.run.name, view.spec.policy
     with sheet(f"Policy of {name}") as dialog:
         Block(Markup("<p class='muted'>Changes count from the next round on, but for its quorum at once.</p>"))
-        problem = Block(Markup(""), tag="div").props('role="alert"')
         with ui.element("div").classes("form two"):
             fields = {key: _field(key, getattr(before, key)) for key in POLICY_KEYS}
 
@@ -70,13 +70,15 @@ async def edit_policy(site: Site, view: RunView) -> None:
                 _tell(problem, fields, refused)
 
         with ui.element("div").classes("actions end"):
+            problem = Block(Markup(""), tag="div").props('role="alert"').classes("wide")
             button("Cancel", dialog.close)
             button("Save", save, kind="primary")
     dialog.open()
 
 
 def _field(key: str, value: object) -> ValueElement[Any]:
-    label, hint = _LABELS.get(key, key), PolicyTable.model_fields[key].description or ""
+    label = _LABELS.get(key) or key.replace("_", " ").capitalize()
+    hint = PolicyTable.model_fields[key].description or ""
     field: ValueElement[Any]
     if key in _CHOICES:
         field = ui.select(dict(_CHOICES[key]), value=str(value), label=label)

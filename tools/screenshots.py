@@ -1,0 +1,221 @@
+"""Takes pictures of every page in light, dark and on a phone: `make screenshots`, or `tools/screenshots.py OUT`.
+
+Serves a federation that never was (tools/synthetic_server.py) and looks at it with Chromium. Fails when a page
+complains on its console, asks anybody but its server, or is wider than its window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from playwright.sync_api import Browser, BrowserContext, Page, StorageState, sync_playwright
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+CHROMIUM: Final = os.environ.get("GLORA_CHROMIUM", "/usr/bin/chromium")
+BROWSER_ARGS: Final = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+RUN: Final = "news-topics"
+_FIRST_LINE: Final = re.compile(r"(http://\S+)\s+user (\S+), password (\S+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """A way of looking at a page."""
+
+    name: str
+    width: int
+    height: int
+    dark: bool = False
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A server and how to sign in there."""
+
+    url: str
+    user: str
+    password: str
+
+
+LOOKS: Final = (
+    Look(name="light", width=1280, height=860),
+    Look(name="dark", width=1280, height=860, dark=True),
+    Look(name="phone", width=390, height=844, scale=2.0),
+)
+PAGES: Final = {
+    "overview": "/",
+    "run": f"/runs/{RUN}",
+    "round": f"/runs/{RUN}/rounds/{{round}}",
+    "round-open": f"/runs/{RUN}/rounds/{{open_round}}",
+    "new-run": "/runs/new",
+    "devices": "/devices",
+    "device": "/devices/{device}",
+    "enrolment": "/enrolment",
+    "exports": f"/exports?run={RUN}",
+    "audit": "/audit",
+    "system": "/system",
+    "people": "/people",
+    "account": "/account",
+    "missing": "/no/such/page",
+}
+"""Every page by the name of its picture; braces are filled with what the federation has."""
+
+
+@contextlib.contextmanager
+def synthetic(folder: Path, *, devices: int, rounds: int) -> Iterator[Served]:
+    """A synthetic federation, served while the context is open."""
+    command = [sys.executable, str(ROOT / "tools" / "synthetic_server.py"), str(folder), "--port", "0"]
+    process = subprocess.Popen(
+        [*command, "--devices", str(devices), "--rounds", str(rounds)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            found = _FIRST_LINE.search(line)
+            if found:
+                yield Served(url=found[1], user=found[2], password=found[3])
+                return
+        raise RuntimeError(f"the synthetic server ended with {process.wait()} before it served")
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+class Photographer:
+    """Visits pages and notes what is wrong with them."""
+
+    def __init__(self, browser: Browser, served: Served, out: Path) -> None:
+        self._browser, self._served, self._out = browser, served, out
+        self._signed_in: StorageState | None = None
+        self.problems: list[str] = []
+
+    def visit(self, look: Look, only: frozenset[str], *, whole: bool) -> None:
+        """Pictures of all pages in one look."""
+        if not only:
+            self._take_login(look)
+        context = self._context(look)
+        page = context.new_page()
+        self._watch(page, look.name)
+        self._sign_in(page)
+        names = self._names(page, rounds=max(1, self._open_round(page)))
+        for name, address in PAGES.items():
+            if not only or name in only:
+                page.goto(self._served.url + address.format(**names))
+                self._take(page, look, name, whole=whole)
+        context.close()
+
+    def _context(self, look: Look) -> BrowserContext:
+        context = self._browser.new_context(
+            viewport={"width": look.width, "height": look.height},
+            device_scale_factor=look.scale,
+            color_scheme="dark" if look.dark else "light",
+            timezone_id="Europe/Berlin",
+            locale="en-GB",
+            storage_state=self._signed_in,
+        )
+        context.set_default_timeout(60_000)
+        return context
+
+    def _watch(self, page: Page, where: str) -> None:
+        own = urlsplit(self._served.url).netloc
+
+        def request(url: str) -> None:
+            if urlsplit(url).scheme not in {"data", "blob"} and urlsplit(url).netloc != own:
+                self.problems.append(f"{where}: left the host for {url}")
+
+        def complain(kind: str, text: str) -> None:
+            if kind in {"error", "warning"} and not re.search(r"40[14] \(", text):
+                self.problems.append(f"{where}: {kind} on {page.url}: {text}")
+
+        page.on("request", lambda sent: request(sent.url))
+        page.on("console", lambda message: complain(message.type, message.text))
+        page.on("pageerror", lambda error: complain("error", str(error)))
+
+    def _take_login(self, look: Look) -> None:
+        signed_in, self._signed_in = self._signed_in, None
+        context = self._context(look)
+        self._signed_in = signed_in
+        page = context.new_page()
+        self._watch(page, look.name)
+        page.goto(self._served.url + "/login")
+        page.screenshot(path=self._out / f"login-{look.name}.png")
+        context.close()
+
+    def _sign_in(self, page: Page) -> None:
+        page.goto(self._served.url + "/")
+        if self._signed_in is None:
+            page.get_by_label("User name").fill(self._served.user)
+            page.get_by_label("Password").fill(self._served.password)
+            page.get_by_role("button", name="Sign in").click()
+            page.wait_for_selector("g-connection[data-state=live]")
+            self._signed_in = page.context.storage_state()
+
+    def _open_round(self, page: Page) -> int:
+        page.goto(f"{self._served.url}/runs/{RUN}")
+        page.wait_for_selector("g-connection[data-state=live]")
+        shown = page.get_by_role("link", name="Timeline of every device").get_attribute("href") or "/1"
+        return int(shown.rpartition("/")[2])
+
+    def _names(self, page: Page, *, rounds: int) -> dict[str, str]:
+        page.goto(f"{self._served.url}/devices")
+        page.wait_for_selector("g-connection[data-state=live]")
+        device = page.locator("main a[href^='/devices/']").first.get_attribute("href") or ""
+        return {"device": device.rpartition("/")[2], "round": str(max(1, rounds - 1)), "open_round": str(rounds)}
+
+    def _take(self, page: Page, look: Look, name: str, *, whole: bool) -> None:
+        page.wait_for_selector("g-connection[data-state=live]")
+        page.wait_for_timeout(1200)  # charts are drawn after the page is there
+        width = page.evaluate("document.documentElement.scrollWidth")
+        if width > look.width:
+            self.problems.append(f"{look.name}: {name} is {width} pixels wide")
+        page.screenshot(path=self._out / f"{name}-{look.name}.png", full_page=whole)
+
+
+def main() -> None:
+    """Take the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, nargs="?", default=ROOT / "build" / "screenshots")
+    parser.add_argument("--devices", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--only", nargs="*", default=[], choices=sorted(PAGES), help="names of pages; default: all")
+    parser.add_argument("--looks", nargs="*", default=[look.name for look in LOOKS])
+    parser.add_argument("--window", action="store_true", help="what fits the window, not the whole page")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="glora-screenshots-") as folder,
+        synthetic(Path(folder) / "data", devices=given.devices, rounds=given.rounds) as served,
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(BROWSER_ARGS))
+        photographer = Photographer(browser, served, given.out)
+        for look in LOOKS:
+            if look.name in given.looks:
+                photographer.visit(look, frozenset(given.only), whole=not given.window)
+        browser.close()
+    print(f"Pictures are in {given.out}.")
+    if photographer.problems:
+        sys.exit("\n".join(photographer.problems))
+
+
+if __name__ == "__main__":
+    main()
