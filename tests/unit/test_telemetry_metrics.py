@@ -1,6 +1,7 @@
 import itertools
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Final
 
 import pytest
@@ -55,6 +56,11 @@ def test_table_has_a_row_with_a_meaning_for_every_metric() -> None:
     rows = metric_table().splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [metric.name for metric in METRICS]
     assert all(metric.meaning.endswith(".") and "|" not in metric.meaning for metric in METRICS)
+
+
+def test_the_table_of_the_architecture_is_the_modules() -> None:
+    text = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    assert metric_table() in text, "paste what glora_server.telemetry.names.metric_table() says"
 
 
 def test_labels_are_bounded_and_only_gauges_name_a_run() -> None:
