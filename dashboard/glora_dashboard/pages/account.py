@@ -55,14 +55,15 @@ class _Password:
     def __init__(self, site: Site) -> None:
         self._site = site
         self._trouble = Trouble()
-        with ui.element("div").classes("form three"):
-            self._current = text_field("Current password", password=True)
-            self._current.props["autocomplete"] = "current-password"
-            self._new = text_field("New password", password=True, hint="At least 10 characters.")
-            self._again = text_field("New password again", password=True)
-        Block(Markup('<p class="muted small">All your sessions end; sign in again with the new one.</p>'))
-        with ui.element("div").classes("actions"):
-            button("Change the password", self._change)
+        with ui.element("form").classes("stacked").on("submit.prevent", self._change):
+            with ui.element("div").classes("form three"):
+                self._current = text_field("Current password", password=True)
+                self._current.props["autocomplete"] = "current-password"
+                self._new = text_field("New password", password=True, hint="At least 10 characters.")
+                self._again = text_field("New password again", password=True)
+            Block(Markup('<p class="muted small">All your sessions end; sign in again with the new one.</p>'))
+            with ui.element("div").classes("actions"):
+                Block(Markup("Change the password"), tag="button").classes("button").props('type="submit"')
 
     async def _change(self) -> None:
         if self._new.value != self._again.value:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from nicegui import ui
 
 from glora_dashboard.pages import format as fmt
-from glora_dashboard.pages.forms import Trouble, copyable, number_field, whole
+from glora_dashboard.pages.forms import Trouble, choice_field, copyable, number_field, whole
 from glora_dashboard.pages.parts import Block, button
 from glora_dashboard.pages.site import Site
 from glora_server.coordinator.model import MetricPhase, Page
@@ -19,10 +19,10 @@ from glora_server.coordinator.views import RunView
 from glora_server.coordinator.views_plots import Exportable
 from glora_wire.errors import GloraError, Reason
 
-_FLAVOURS: Final = {
-    "peft": "peft: exact; each module has the rank that it really has",
-    "serving": "serving: one rank for all modules, as vLLM and llama.cpp want it",
-}
+_FLAVOURS: Final = {"peft": "peft (exact)", "serving": "serving (one rank)"}
+_FLAVOUR_HINT: Final = (
+    "peft gives each module the rank that it really has; serving gives all modules one, as vLLM and llama.cpp want it."
+)
 _MEASURED: Final = {
     MetricPhase.BEFORE: "that received it",
     MetricPhase.AFTER: "that had trained it",
@@ -44,7 +44,7 @@ class ExportForm:
             )
             largest = newest.max_rank
             self._rank = number_field("Rank", largest, least=1, hint=f"1 to {largest}; small ranks make small files.")
-            self._flavour = ui.select(dict(_FLAVOURS), value="peft", label="Flavour").props("outlined").classes("wide")
+            self._flavour = choice_field("Flavour", dict(_FLAVOURS), "peft", hint=_FLAVOUR_HINT)
         self._quality = Block(Markup(""))
         with ui.element("div").classes("actions"):
             self._button = button("Download the zip", self._download, kind="primary")

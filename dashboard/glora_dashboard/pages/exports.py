@@ -59,7 +59,7 @@ def _nothing(*, operator: bool) -> None:
 
 def _pick_run(started: list[RunView], chosen: RunView) -> None:
     names = {view.run.name: f"{view.run.name} ({view.run.phase.value})" for view in [*started, chosen]}
-    with ui.element("div").classes("filters"):
+    with ui.element("div").classes("filters narrow"):
         field = ui.select(names, value=chosen.run.name, label="Run", with_input=len(names) > 15)
         field.props("outlined dense options-dense").classes("find")
         field.on_value_change(lambda: ui.navigate.to(f"/exports?run={field.value}") if field.value else None)
