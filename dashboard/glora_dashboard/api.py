@@ -11,6 +11,7 @@ from fastapi import APIRouter, FastAPI
 
 from glora_dashboard.access_routes import access_routes
 from glora_dashboard.audit_routes import audit_routes
+from glora_dashboard.description import RestApi
 from glora_dashboard.device_routes import device_routes, token_routes
 from glora_dashboard.etags import ETags
 from glora_dashboard.export_routes import export_routes
@@ -18,7 +19,7 @@ from glora_dashboard.gate import GateRules
 from glora_dashboard.guard import MAX_BODY_BYTES, Guard
 from glora_dashboard.idempotency import Idempotency
 from glora_dashboard.login import login_routes
-from glora_dashboard.permission import RoleApi, route_roles
+from glora_dashboard.permission import route_roles
 from glora_dashboard.ports import Answers, Commands, HealthProbe, Queries
 from glora_dashboard.problems import MEDIA_TYPE, Problem, add_problem_handlers
 from glora_dashboard.run_routes import run_routes
@@ -51,7 +52,7 @@ def create_app(
     With pages NiceGUI is loaded, which wants to be imported before an event loop runs, and the application's lifespan.
     """
     version = installed_version("glora")
-    app = RoleApi(
+    app = RestApi(
         title="glora",
         version=version,
         description="Federated LoRA fine-tuning. Requests carry `Authorization: Bearer TOKEN` (see `glora login`) or "

@@ -65,6 +65,14 @@ class Body(BaseModel):
 class NewToken(Body):
     """A join token to be made."""
 
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"description": "berlin lab", "uses": 12, "ttl_seconds": 86400, "max_rank": 16, "tags": ["berlin"]}
+            ]
+        }
+    )
+
     description: str = Field(default="", max_length=200)
     uses: int = Field(default=1, ge=1, le=100_000, description="Devices that may join with it.")
     ttl_seconds: float = Field(default=86400.0, ge=1, le=366 * 86400, description="Seconds that it is valid.")
@@ -85,11 +93,15 @@ class NewRun(Body):
 class GrantedRank(Body):
     """A rank to be granted."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"rank": 8}]})
+
     rank: Rank
 
 
 class Abort(Body):
     """Why a run is ended."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"reason": "wrong labels"}]})
 
     reason: str = Field(default="", max_length=500)
 
@@ -97,17 +109,23 @@ class Abort(Body):
 class Extension(Body):
     """How much later a deadline is to be."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"seconds": 600}]})
+
     seconds: float = Field(gt=0, le=30 * 86400)
 
 
 class PolicyChanges(Body):
     """Keys of a run's policy with their new values."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"changes": {"quorum": 4, "deadline_seconds": 1800}}]})
+
     changes: dict[str, Any] = Field(min_length=1, max_length=50)
 
 
 class ExportOrder(Body):
     """An adapter to be exported."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"rank": 8, "flavour": "serving", "version_number": 12}]})
 
     rank: Rank
     flavour: Flavour = "peft"

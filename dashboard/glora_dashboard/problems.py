@@ -8,7 +8,7 @@ from typing import Final
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -37,8 +37,20 @@ _EXCEPTIONS: Final[Mapping[Reason, int]] = {Reason.TOKEN_UNKNOWN: 404}
 """A join token that is not there says nothing about who is asking."""
 
 
+_EXAMPLE: Final[dict[str, JsonValue]] = {
+    "type": f"{TYPE_PREFIX}RUN_UNKNOWN",
+    "title": "Not Found",
+    "status": 404,
+    "reason": "RUN_UNKNOWN",
+    "detail": "There is no run 'news'; the newest are news-topics, sentiment.",
+    "details": {"run": "news"},
+}
+
+
 class Problem(BaseModel):
     """Why a request was refused."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
     type: str = Field(description="urn:glora:problem:REASON; docs/rest.md says what each means.")
     title: str

@@ -26,6 +26,8 @@ SHOWN_ASSIGNMENTS: Final = 200
 SHOWN_EVALUATIONS: Final = 100
 SCORED_VERSIONS: Final = 50
 """Versions whose scores a run carries by itself."""
+SCORED_IN_LISTS: Final = 20
+"""The same for a run in a list."""
 _ENDED: Final = frozenset({RunPhase.COMPLETED, RunPhase.FAILED, RunPhase.ABORTED})
 _PHASES: Final = {
     Outcome.ACCEPTED: AssignmentPhase.ACCEPTED_UPDATE,
@@ -105,7 +107,7 @@ def run_view(uow: UnitOfWork, present: Present, run: Run) -> RunView:
     evaluations = uow.lists.open_evaluations(run.id, SHOWN_EVALUATIONS)
     seen = eligible(uow, present, run, RunSpec.from_json(run.spec_json))
     return replace(
-        _run(uow, present, run, round_),
+        _run(uow, present, run, round_, SCORED_VERSIONS),
         evaluations=present.assignment_views(uow, evaluations),
         eligible_devices=seen[0],
         online_devices=seen[1],
@@ -121,14 +123,14 @@ def run_line(uow: UnitOfWork, present: Present, run: Run) -> RunView:
         shown = uow.lists.open_assignments(newest.id, 3) if newest.phase in LIVE else ()
         whole = replace(newest, assignments=shown)
         round_ = replace(plain, round=whole, assignments=present.assignment_views(uow, shown))
-    view = _run(uow, present, run, round_)
+    view = _run(uow, present, run, round_, SCORED_IN_LISTS)
     if run.phase in _ENDED:
         return view
     seen = eligible(uow, present, run, view.spec)
     return replace(view, eligible_devices=seen[0], online_devices=seen[1])
 
 
-def _run(uow: UnitOfWork, present: Present, run: Run, round_: RoundView | None) -> RunView:
+def _run(uow: UnitOfWork, present: Present, run: Run, round_: RoundView | None, scored: int) -> RunView:
     spec = RunSpec.from_json(run.spec_json)
     number = uow.versions.get(run.version_id).number if run.version_id else None
     waiting = why_it_waits(run, spec, round_, present.hub.waiting.get(run.id, ""), now=present.now)
@@ -138,16 +140,16 @@ def _run(uow: UnitOfWork, present: Present, run: Run, round_: RoundView | None) 
         round=round_,
         waiting=waiting,
         version_number=number,
-        scores=scores(uow, run.id, number),
+        scores=scores(uow, run.id, number, scored),
         revision=present.hub.signals.revision(("run", run.id)),
     )
 
 
-def scores(uow: UnitOfWork, run_id: RunId, newest: int | None) -> tuple[RankScore, ...]:
+def scores(uow: UnitOfWork, run_id: RunId, newest: int | None, most: int = SCORED_VERSIONS) -> tuple[RankScore, ...]:
     """How good the newest versions are; of the newest itself what has come in so far."""
     if newest is None:
         return ()
-    known = uow.history.scores(run_id, range(max(0, newest - SCORED_VERSIONS + 1), newest))
+    known = uow.history.scores(run_id, range(max(0, newest - most + 1), newest))
     return tuple(rank_score(score) for score in (*known, *uow.history.fresh_scores(run_id, newest)))
 
 
