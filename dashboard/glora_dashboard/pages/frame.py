@@ -97,12 +97,12 @@ def _say(title: str, error: GloraError) -> None:
 def frame(title: str, *, crumbs: tuple[Link, ...] = (), heading: bool = True) -> Iterator[None]:
     """The page's frame, to be filled as a context. `crumbs` lead back; `heading` shows the title above the content."""
     ui.page_title(f"{title} · glora")
-    ui.add_head_html(
-        f'<meta name="glora-now" content="{time.time():.3f}">'
-        f'<link rel="stylesheet" href="{STATIC_PREFIX}/site.css">'
-        f'<link rel="stylesheet" href="{STATIC_PREFIX}/desk.css"><script src="{STATIC_PREFIX}/site.js"></script>'
-    )
-    if not any(child.tag == "nicegui-header" for child in context.client.layout.default_slot.children):
+    if STATIC_PREFIX not in context.client.head_html:  # a page that fails half-way opens its frame a second time
+        ui.add_head_html(
+            f'<meta name="glora-now" content="{time.time():.3f}">'
+            f'<link rel="stylesheet" href="{STATIC_PREFIX}/site.css">'
+            f'<link rel="stylesheet" href="{STATIC_PREFIX}/desk.css"><script src="{STATIC_PREFIX}/site.js"></script>'
+        )
         _header(principal_of(context.client.request.scope), context.client.request.url.path)
     with ui.element("div").classes("page").props('id="content"'):
         if crumbs:

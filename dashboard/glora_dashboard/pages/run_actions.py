@@ -99,7 +99,7 @@ class RunActions:
             async def abort() -> None:
                 refused = await self._site.act(
                     Role.OPERATOR,
-                    lambda who: self._site.commands.abort_run(who, self._name, reason.value.strip()),
+                    lambda who: self._site.commands.abort_run(who, self._name, (reason.value or "").strip()),
                     done=f"{self._name} is aborted.",
                 )
                 if refused is None:
@@ -111,7 +111,7 @@ class RunActions:
             confirm.props["disabled"] = True
 
             def compare() -> None:
-                confirm.props["disabled"] = typed.value.strip() != self._name
+                confirm.props["disabled"] = (typed.value or "").strip() != self._name
                 confirm.update()
 
             typed.on_value_change(compare)
