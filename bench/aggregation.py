@@ -4,27 +4,32 @@
 
 One thread, CPU seconds (`time.process_time`), the best of a few runs. Two kinds of uploads: `random` (independent
 Gaussian factors: a flat spectrum, the worst case for any iteration) and `shared` (a common space plus a private part
-of a fifth of its size, nearer to what devices that learn one task send).
+of a fifth of its size, nearer to what devices that learn one task send). The rule is `replace` unless a row says
+`delta`, where all devices start from one readout of rank 16 of a state of rank 32 and move it by a tenth.
 
 `floor`: three products of K with R + 16 columns and one projection, 12·d·Σr·(R + 16) + 2(d + n)·Σr·R flops, at the
-measured speed of sgemm. `objective`: tr(UᵀKU) over its maximum (from `exact`, which is float64, or from K + eigh where
-that is skipped); for methods without a U, the error ‖S − M_[R]‖/‖M‖ is not comparable and is left out. `extra`: peak
-resident memory beyond what was resident before the call.
+measured speed of sgemm. `objective`: tr(UᵀKU) over the largest of the size (that of `exact`, which is float64, or of
+K + eigh where `exact` is skipped); for methods without a U it is left out. `extra`: peak resident memory of one call
+beyond what was resident before it, see `extra_memory`. `no report`: the same round without its diagnostics.
 """
 
 import argparse
 import ctypes
 import json
+import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
-from glora_server.aggregation import ClientUpdate, LayerState, aggregate
+from glora_server.aggregation import ClientUpdate, LayerState, aggregate, aggregate_many, canonical_state, readout
+from glora_server.aggregation.fast import survey
 
 RANK, SERVER_RANK = 16, 32
 LIMIT_SECONDS = 60.0
@@ -75,19 +80,31 @@ def cpu_seconds(work: Callable[[], object], *, repeats: int) -> float:
     return best
 
 
-def extra_memory(work: Callable[[], object]) -> float | None:
-    """Peak resident MB of one call beyond what was resident before it; None where the system does not tell."""
+def extra_memory(d: int, count: int) -> float | None:
+    """Peak resident MB of one fast round beyond its inputs, in a process of its own; None where the system is silent.
+
+    What `malloc` and the libraries keep of earlier calls would be counted, or not, by chance: so all larger blocks go
+    back to the system at once, and it is the second call of its size that is measured.
+    """
+    call = [sys.executable, __file__, "--memory-of", f"{d},{count}"]
+    given = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    found = subprocess.run(call, check=True, capture_output=True, text=True, env=given).stdout.strip()
+    return float(found) if found else None
+
+
+def print_memory(d: int, count: int) -> None:
+    """The body of the process that `extra_memory` starts."""
+    updates = uploads(d, d, count, "shared")
+    glora(None, updates, "fast")
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not reset.exists():
-        return None
     ctypes.CDLL(None).malloc_trim(0)
     try:
         reset.write_text("5")
     except OSError:
-        return None
+        return
     before = _status_mb(status, "VmRSS")
-    work()
-    return _status_mb(status, "VmHWM") - before
+    glora(None, updates, "fast")
+    print(_status_mb(status, "VmHWM") - before)
 
 
 def _status_mb(status: Path, key: str) -> float:
@@ -125,7 +142,7 @@ def objective(u: Tensor, updates: Sequence[ClientUpdate]) -> float:
 def k_and_eigh(updates: Sequence[ClientUpdate]) -> Tensor:
     """The published round taken literally: U_i by QR, K as a d×d matrix, its eigenvectors; float32."""
     z = torch.cat([torch.linalg.qr(update.b).Q for update in updates], dim=1) / len(updates) ** 0.5
-    u = torch.linalg.eigh(z @ z.mT).eigenvectors[:, -SERVER_RANK:]
+    u: Tensor = torch.linalg.eigh(z @ z.mT).eigenvectors[:, -SERVER_RANK:]
     sum((u.mT @ update.b) @ update.a for update in updates)
     return u
 
@@ -149,44 +166,98 @@ def glora(state: LayerState | None, updates: Sequence[ClientUpdate], accuracy: s
     return aggregate("glora", state, updates, rank=SERVER_RANK, rule="replace", accuracy=accuracy).state
 
 
+def without_report(state: LayerState | None, updates: Sequence[ClientUpdate]) -> None:
+    """A fast round without probes and without diagnostics."""
+
+    def nothing(_survey: object, modules: Sequence[object], _states: object, *, rank: int) -> list[int]:
+        return [rank] * len(modules)
+
+    with patch.object(survey, "_PROBES", 0), patch.object(survey.Survey, "diagnostics", nothing):
+        glora(state, updates, "fast")
+
+
+def delta_round(d: int, n: int, count: int) -> tuple[LayerState, list[ClientUpdate]]:
+    """A state of rank R, and what devices make of its readout."""
+    g = torch.Generator().manual_seed(7)
+    left, right = torch.randn(d, SERVER_RANK, generator=g), 0.01 * torch.randn(SERVER_RANK, n, generator=g)
+    state = canonical_state(left, right, rank=SERVER_RANK)
+    sent = readout(state, RANK, 1.0)
+
+    def moved(factor: Tensor) -> Tensor:
+        return factor + 0.1 * factor.std() * torch.randn(factor.shape, generator=g)
+
+    return state, [ClientUpdate(moved(sent[0]), moved(sent[1]), 1.0, 1.0, sent=sent) for _ in range(count)]
+
+
 def exact_estimate(d: int, count: int) -> float:
     """Rough seconds of `exact`: QR of both stacks and an SVD of the smaller side, at 20 GFLOP/s."""
     q = min(d, count * RANK)
     return (4 * d * q * count * RANK + 20 * q**3) / 2e10
 
 
+def fast_rows(d: int, count: int, kind: str, floor: float) -> list[Row]:
+    """Our fast rounds: cold, warm and without the report; for `shared` also their memory and the rule `delta`."""
+    updates, size = uploads(d, d, count, kind), f"d={d} N={count} {kind}"
+    repeats = 5 if count > 64 else 9
+    cold, later = glora(None, updates, "fast"), nudged(updates)
+    silent = cpu_seconds(lambda: without_report(None, updates), repeats=repeats)
+    seconds = cpu_seconds(lambda: glora(None, updates, "fast"), repeats=repeats)
+    warm = cpu_seconds(lambda: glora(cold, later, "fast"), repeats=repeats)
+    ratio = objective(glora(cold, later, "fast").u, later) / objective(glora(None, later, "fast").u, later)
+    note = f"no report {silent:.4f}: it is {1 - silent / seconds:.0%}"
+    shared = kind == "shared"
+    memory = extra_memory(d, count) if shared else None
+    rows = [
+        Row(
+            size=size, method="glora fast, cold", seconds=seconds, floor=floor, objective=objective(cold.u, updates),
+            extra_mb=memory, note=note,
+        ),
+        Row(size=size, method="glora fast, warm", seconds=warm, floor=floor, note=f"{ratio:.4f} of cold"),
+    ]  # fmt: skip
+    if shared:
+        state, moved = delta_round(d, d, count)
+
+        def delta() -> None:
+            aggregate("glora", state, moved, rank=SERVER_RANK, rule="delta", accuracy="fast")
+
+        rows.append(
+            Row(size=size, method="glora fast, delta", seconds=cpu_seconds(delta, repeats=repeats), floor=floor)
+        )
+    return rows
+
+
 def module_rows(d: int, count: int, kind: str, sgemm: float, *, quick: bool) -> list[Row]:
-    updates = uploads(d, d, count, kind)
     size, floor = f"d={d} N={count} {kind}", floor_seconds(d, d, count, sgemm)
-    repeats = 3 if count > 64 else 5
-    cold = glora(None, updates, "fast")
-    rows: list[Row] = []
+    rows = fast_rows(d, count, kind, floor)
+    if kind == "shared":  # the others do not depend on the spectrum
+        return rows
+    updates = uploads(d, d, count, kind)
 
     def add(method: str, work: Callable[[], object], *, u: Tensor | None = None, times: int = 1) -> None:
-        seconds = cpu_seconds(work, repeats=times)
         share = None if u is None else objective(u, updates)
         rows.append(
             Row(
-                size=size, method=method, seconds=seconds, floor=floor, objective=share, extra_mb=extra_memory(work)
+                size=size, method=method, seconds=cpu_seconds(work, repeats=times), floor=floor, objective=share
             )
         )  # fmt: skip
 
     def skip(method: str, reason: str) -> None:
         rows.append(Row(size=size, method=method, seconds=None, floor=floor, note=reason))
 
-    add("glora fast, cold", lambda: glora(None, updates, "fast"), u=cold.u, times=repeats)
-    later = nudged(updates)
-    warm = cpu_seconds(lambda: glora(cold, later, "fast"), repeats=repeats)
-    ratio = objective(glora(cold, later, "fast").u, later) / objective(glora(None, later, "fast").u, later)
-    rows.append(Row(size=size, method="glora fast, warm", seconds=warm, floor=floor, note=f"{ratio:.4f} of cold"))
-    if kind == "shared":  # the others do not depend on the spectrum
-        return rows
+    def once(method: str, work: Callable[[], Tensor]) -> None:
+        found: list[Tensor] = []
+        seconds = cpu_seconds(lambda: found.append(work()), repeats=1)
+        rows.append(
+            Row(
+                size=size, method=method, seconds=seconds, floor=floor, objective=objective(found[0], updates)
+            )
+        )  # fmt: skip
+
     if exact_estimate(d, count) * (3 if quick else 1) < LIMIT_SECONDS:
-        exact = glora(None, updates, "exact")
-        add("glora exact", lambda: glora(None, updates, "exact"), u=exact.u)
+        once("glora exact", lambda: glora(None, updates, "exact").u)
     else:
         skip("glora exact", f"would take more than {LIMIT_SECONDS:.0f} s")
-    add("FedIT (two averages)", lambda: fedit(updates), times=repeats)
+    add("FedIT (two averages)", lambda: fedit(updates), times=5)
     if count <= 64:
         add("FedRot (rotation hard)", lambda: aggregate("fedrot", None, updates, rank=RANK))
     else:
@@ -195,15 +266,12 @@ def module_rows(d: int, count: int, kind: str, sgemm: float, *, quick: bool) -> 
         for method in ("K + eigh", "svd_lowrank of the dense mean", "FlexLoRA dense SVD"):
             skip(method, "left out by --quick")
         return rows
-    found: list[Tensor] = []
-    seconds = cpu_seconds(lambda: found.append(k_and_eigh(updates)), repeats=1)
-    rows.append(Row(size=size, method="K + eigh", seconds=seconds, floor=floor, objective=objective(found[0], updates)))
+    once("K + eigh", lambda: k_and_eigh(updates))
     add("svd_lowrank of the dense mean", lambda: torch.svd_lowrank(dense_mean(updates), q=SERVER_RANK + 16, niter=2))
     if count == 512 and d > 768:
         skip("FlexLoRA dense SVD", "as at N=64, plus the product")
     else:
-        seconds = cpu_seconds(lambda: torch.linalg.svd(dense_mean(updates), full_matrices=False), repeats=1)
-        rows.append(Row(size=size, method="FlexLoRA dense SVD", seconds=seconds, floor=floor))
+        add("FlexLoRA dense SVD", lambda: torch.linalg.svd(dense_mean(updates), full_matrices=False))
     return rows
 
 
@@ -215,6 +283,36 @@ def sampled(d: int, n: int, samples: int) -> tuple[float, float]:
     cold = [cpu_seconds(lambda: glora(None, updates, "fast"), repeats=1) for _ in range(samples)]
     warm = [cpu_seconds(lambda: glora(state, later, "fast"), repeats=1) for _ in range(samples)]
     return sum(cold) / samples, sum(warm) / samples
+
+
+def gpu_rows(sgemm: float) -> list[Row]:
+    """A sixteenth of the 8B adapter at N=64 on the GPU, in one call and one by one; wall seconds without the copy."""
+    states: list[LayerState | None] = []
+    updates: list[list[ClientUpdate]] = []
+    floor = 0.0
+    for (d, n), count in ADAPTER_8B.items():
+        for module in range(count // 16):
+            own = uploads(d, n, 64, "shared", seed=module)
+            updates.append([ClientUpdate(u.b.cuda(), u.a.cuda(), 1.0, 1.0) for u in own])
+            states.append(None)
+            floor += floor_seconds(d, n, 64, sgemm)
+
+    def work(*, batched: bool) -> float:
+        best = float("inf")
+        for _ in range(4):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            options = {"rule": "replace", "accuracy": "fast"}
+            aggregate_many("glora", states, updates, rank=SERVER_RANK, options=options, batched=batched)
+            torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - started)
+        return best
+
+    size = f"8B adapter N=64 shared, {len(updates)} of 224 matrices on {torch.cuda.get_device_name()}"
+    return [
+        Row(size=size, method=f"glora fast, {how}", seconds=work(batched=how == "batched"), floor=floor)
+        for how in ("batched", "one by one")
+    ]
 
 
 def adapter_rows(sgemm: float, *, samples: int) -> list[Row]:
@@ -252,9 +350,14 @@ def main() -> None:
     parser.add_argument("--sizes", default="768,4096", help="module sizes d, with commas")
     parser.add_argument("--clients", default="8,64,512", help="numbers of devices, with commas")
     parser.add_argument("--adapter", action=argparse.BooleanOptionalAction, default=True, help="the 8B adapter")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    if arguments.memory_of:
+        d, count = map(int, arguments.memory_of.split(","))
+        print_memory(d, count)
+        return
     sgemm, low, memory = limits()
     rows: list[Row] = []
     for d in map(int, arguments.sizes.split(",")):
@@ -263,12 +366,16 @@ def main() -> None:
                 print(f"d={d} N={count} {kind} ...", file=sys.stderr, flush=True)
                 rows += module_rows(d, count, kind, sgemm, quick=arguments.quick)
     if arguments.adapter:
+        print("8B adapter ...", file=sys.stderr, flush=True)
         rows += adapter_rows(sgemm, samples=1 if arguments.quick else 3)
+        if torch.cuda.is_available():
+            rows += gpu_rows(sgemm)
     machine = {"sgemm_gflops": sgemm, "bfloat16_gflops": low, "memory_gb_per_second": memory}
     if arguments.json:
         print(json.dumps({"machine": machine, "rows": [asdict(row) for row in rows]}, indent=1))
         return
-    print(f"One thread: sgemm {sgemm:.0f} GFLOP/s, bfloat16 {low:.0f} GFLOP/s, memory {memory:.0f} GB/s\n")
+    print(f"One thread: sgemm {sgemm:.0f} GFLOP/s, bfloat16 {low:.0f} GFLOP/s, memory {memory:.0f} GB/s")
+    print(f"Load of the machine: {' '.join(f'{value:.1f}' for value in os.getloadavg())}\n")
     printed(rows)
 
 
