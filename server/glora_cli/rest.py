@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,9 @@ def at(*parts: str) -> str:
 class Api:
     """A connection to one server; a context manager. Raises what the server raised, or SERVER_UNREACHABLE."""
 
-    def __init__(self, url: str, token: str, *, transport: httpx2.BaseTransport | None = None) -> None:
+    def __init__(
+        self, url: str, token: str, *, ca: Path | None = None, transport: httpx2.BaseTransport | None = None
+    ) -> None:
         self.url = url.rstrip("/")
         try:
             parsed = httpx2.URL(self.url)
@@ -44,7 +47,8 @@ class Api:
             raise _wrong_url(url, "it must look like http://127.0.0.1:8080")
         self._http = httpx2.Client(
             base_url=f"{self.url}{PREFIX}",
-            headers={"Authorization": f"Bearer {token}"},
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            verify=True if ca is None else _trusting(ca),
             timeout=TIMEOUT_SECONDS,
             trust_env=not _is_loopback(parsed.host),
             transport=transport,
@@ -135,11 +139,38 @@ def _reachable(url: str) -> Iterator[None]:
         raise _unreachable(url, str(error) or type(error).__name__) from None
 
 
+def _trusting(ca: Path) -> ssl.SSLContext:
+    """TLS that believes this authority besides those of the system; raises SETTINGS_INVALID."""
+    context = ssl.create_default_context()
+    try:
+        context.load_verify_locations(ca)
+    except (OSError, ssl.SSLError) as error:
+        raise GloraError(
+            Reason.SETTINGS_INVALID, f"--ca {ca} is not a certificate that can be read: {error}.", path=ca
+        ) from None
+    return context
+
+
+def is_loopback_url(url: str) -> bool:
+    """Whether the address is one of this machine."""
+    try:
+        return _is_loopback(httpx2.URL(url).host)
+    except httpx2.InvalidURL:
+        return False
+
+
 def _unreachable(url: str, what: str) -> GloraError:
+    if "CERTIFICATE_VERIFY_FAILED" in what:
+        return GloraError(
+            Reason.SERVER_UNREACHABLE,
+            f"The certificate of {url} is not one that this machine trusts ({what}). If the server uses its own "
+            "authority, copy ca.crt from its data folder and name it with --ca or $GLORA_CA.",
+            url=url,
+        )
     return GloraError(
         Reason.SERVER_UNREACHABLE,
         f"No glora server answers at {url} ({what}). Start one with `glora server`, or name another one with "
-        "--server-url or $GLORA_URL.",
+        "--server or $GLORA_URL.",
         url=url,
     )
 
@@ -156,7 +187,7 @@ def _error_of(response: httpx2.Response) -> GloraError:
         return GloraError(
             Reason.SERVER_UNREACHABLE,
             f"{response.url} answered {response.status_code} {response.reason_phrase}, and not as a glora server does; "
-            "look at --server-url.",
+            "look at --server.",
         )
     return GloraError(_reason_of(problem), problem.detail, **problem.details)
 

@@ -240,7 +240,7 @@ def test_what_the_server_refuses_is_told_in_a_sentence(
 def test_a_wrong_token_is_told(command: Command) -> None:
     outcome = command("run", "list", "--admin-token", "wrong")
     assert outcome.code == 3
-    assert "The administration token is wrong" in outcome.err
+    assert "The token is wrong, has ended or was revoked" in outcome.err
 
 
 @pytest.mark.parametrize("name", ["..", ".", "../devices", "a/b", "demo?wait=1", "de mo", "#", "%2e"])

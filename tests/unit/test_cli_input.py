@@ -184,8 +184,8 @@ def test_an_address_that_is_none_is_told(capsys: pytest.CaptureFixture[str], url
 def test_without_a_token_there_is_a_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     outcome = glora(capsys, "run", "list", "--data-dir", str(tmp_path / "data"))
     assert outcome.code == 2
-    assert "No administration token" in outcome.err
-    assert "--admin-token" in outcome.err
+    assert "No token for http://127.0.0.1:8080" in outcome.err
+    assert "--token" in outcome.err
 
 
 def test_the_token_of_the_data_folder_is_used(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
