@@ -84,20 +84,16 @@ PAGES: Final = {
 def synthetic(folder: Path, *, devices: int, rounds: int) -> Iterator[Served]:
     """A synthetic federation, served while the context is open."""
     command = [sys.executable, str(ROOT / "tools" / "synthetic_server.py"), str(folder), "--port", "0"]
-    process = subprocess.Popen(
-        [*command, "--devices", str(devices), "--rounds", str(rounds)], stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            found = _FIRST_LINE.search(line)
-            if found:
-                yield Served(url=found[1], user=found[2], password=found[3])
-                return
-        raise RuntimeError(f"the synthetic server ended with {process.wait()} before it served")
-    finally:
-        process.terminate()
-        process.wait(30)
+    command += ["--devices", str(devices), "--rounds", str(rounds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = next((match for line in process.stdout if (match := _FIRST_LINE.search(line))), None)
+            if found is None:
+                raise RuntimeError(f"the synthetic server ended with {process.wait()} before it served")
+            yield Served(url=found[1], user=found[2], password=found[3])
+        finally:
+            process.terminate()
 
 
 class Photographer:

@@ -66,6 +66,21 @@ class Visitor:
         expected: tuple[str, ...] = (),
     ) -> Page:
         """A fresh window at `path`, signed in as the user of `role` (None: nobody)."""
+        user = None if role is None else name_of(role)
+        return self.at(federation.url, path, user=user, dark=dark, size=size, expected=expected)
+
+    def at(
+        self,
+        url: str,
+        path: str,
+        *,
+        user: str | None,
+        password: str = PASSWORD,
+        dark: bool = False,
+        size: tuple[int, int] = (1280, 900),
+        expected: tuple[str, ...] = (),
+    ) -> Page:
+        """A fresh window at `path` of any server, signed in as `user` (None: nobody)."""
         context = self.browser.new_context(
             viewport={"width": size[0], "height": size[1]},
             color_scheme="dark" if dark else "light",
@@ -73,14 +88,14 @@ class Visitor:
             locale="en-GB",
         )
         context.set_default_timeout(PATIENCE_MS)
-        watch = Watch(host=urlsplit(federation.url).netloc, expected=("401 (Unauthorized)", *expected))
+        watch = Watch(host=urlsplit(url).netloc, expected=("401 (Unauthorized)", *expected))
         self.watches.append((context, watch))
         page = context.new_page()
         watch.follow(page)
-        if role is not None:
-            sign_in(page, federation.url + path, name_of(role))
+        if user is not None:
+            sign_in(page, url + path, user, password)
         else:
-            page.goto(federation.url + path)
+            page.goto(url + path)
         return page
 
     def close(self) -> list[str]:
@@ -90,11 +105,11 @@ class Visitor:
         return [problem for _, watch in self.watches for problem in watch.problems]
 
 
-def sign_in(page: Page, address: str, user: str) -> None:
+def sign_in(page: Page, address: str, user: str, password: str = PASSWORD) -> None:
     """Go to an address, and through the login page that stands before it."""
     page.goto(address)
     page.get_by_label("User name").fill(user)
-    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_label("Password").fill(password)
     page.get_by_role("button", name="Sign in").click()
     until_live(page)
 
