@@ -198,3 +198,39 @@ def test_the_table_lists_every_setting_with_its_variable() -> None:
         for key, described in getattr(field.annotation, "model_fields", {}).items():
             assert f"`{section}.{key}`" in table
             assert described.description
+
+
+@pytest.mark.parametrize("tls", ["own", "files"])
+def test_tls_lets_the_port_be_reached_from_elsewhere(tmp_path: Path, tls: str) -> None:
+    files: dict[str, object] = {"http.certificate": "c.pem", "http.key": "k.pem"} if tls == "files" else {}
+    flags: dict[str, object] = {"http.host": "0.0.0.0", "http.tls": tls}
+    http = load(tmp_path, overrides=flags | files).http
+    assert (http.tls, http.loopback, http.metrics_for_all) == (tls, False, False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"http.tls": "files", "http.key": "k"}, "needs http.certificate and http.key"),
+        ({"http.certificate": "c", "http.key": "k"}, 'must be "files"'),
+        ({"http.admin_password": "x", "http.admin_password_file": "f"}, "two places for the same password"),
+        ({"http.session_hours": 0}, "session_hours"),
+    ],
+)
+def test_http_settings_that_contradict_each_other_are_refused(
+    tmp_path: Path, flags: dict[str, object], words: str
+) -> None:
+    with pytest.raises(GloraError) as caught:
+        load(tmp_path, overrides=flags)
+    assert words in caught.value.message
+
+
+def test_the_first_password_is_never_shown(tmp_path: Path) -> None:
+    settings = load(tmp_path, env={"GLORA__HTTP__ADMIN_PASSWORD": "eleven green bottles"})
+    assert settings.http.admin_password.get_secret_value() == "eleven green bottles"
+    assert "bottles" not in f"{settings!r} {settings.model_dump_json()}"
+
+
+def test_a_proxy_in_front_of_loopback_closes_the_metrics(tmp_path: Path) -> None:
+    assert load(tmp_path).http.metrics_for_all
+    assert not load(tmp_path, overrides={"http.proxies": ("127.0.0.1",)}).http.metrics_for_all

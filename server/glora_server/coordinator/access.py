@@ -68,13 +68,9 @@ class Access(ApiTokenAdministration):
         principal = _of(user, session, origin)
 
         def work(uow: UnitOfWork) -> None:
-            now = uow.users.get(user.id)
-            if now.disabled or now.password_hash != user.password_hash:
-                raise _wrong()
+            self._let_in(uow, user, principal)
             uow.sessions.end_old(expired_at=self.clock(), seen_before=self.clock() - self.times.idle)
             uow.sessions.add(session)
-            uow.users.signed_in(user.id, self.clock())
-            note(uow, principal, "session.sign-in", user.name, at=self.clock())
 
         await self.store.write(work)
         await self._freshen(user, password)
@@ -86,7 +82,18 @@ class Access(ApiTokenAdministration):
         Raises SIGN_IN_REFUSED, or TOO_MANY_REQUESTS saying when to try again.
         """
         user = await self._known(username, password, origin)
-        return Principal(name=user.name, role=user.role, credential=Credential.SESSION, origin=origin)
+        principal = Principal(name=user.name, role=user.role, credential=Credential.SESSION, origin=origin)
+        await self.store.write(lambda uow: self._let_in(uow, user, principal))
+        await self._freshen(user, password)
+        return principal
+
+    def _let_in(self, uow: UnitOfWork, user: User, principal: Principal) -> None:
+        """Note that somebody came in; raises SIGN_IN_REFUSED when the user was changed during the comparison."""
+        now = uow.users.get(user.id)
+        if now.disabled or now.password_hash != user.password_hash:
+            raise _wrong()
+        uow.users.signed_in(user.id, self.clock())
+        note(uow, principal, "session.sign-in", user.name, at=self.clock())
 
     async def _known(self, username: str, password: str, origin: str) -> User:
         name = user_name(username) or ""
