@@ -19,6 +19,7 @@ RESOLUTION = 3e-8
 """Smallest σ relative to Σ‖b_j‖‖a_j‖ that the square root of a float64 Gram core can tell from zero."""
 
 _DROPPED = 1e-13
+_WELL_CONDITIONED = 1e-4
 _LEAST_BEYOND = 1e-3
 _LEAST_SPREAD = 1e-5
 _LEAST_CHANGE = 1e-4
@@ -92,15 +93,16 @@ class Grams:
 class Cores:
     """What follows from the Grams.
 
-    `norms` ν of B's columns; Λ^½ (`root`) and E (`directions`) of the columns over ν beyond the tail; eigenpairs of H,
-    rising; `magnitude` Σ‖b_j‖‖a_j‖, `product` ‖B_iA_i‖_F, `change` ‖D_i‖_F² or 0 where only rounding is left.
+    `norms` ν of B's columns; `beyond`: the columns over ν beyond the tail, see `Beyond`; `h` H, with `lower` and
+    `upper` bounds of its eigenvalues (M×m); `magnitude` Σ‖b_j‖‖a_j‖, `product` ‖B_iA_i‖_F, `change` ‖D_i‖_F² or 0
+    where only rounding is left.
     """
 
     norms: Tensor
-    root: Tensor
-    directions: Tensor
-    values: Tensor
-    vectors: Tensor
+    beyond: "Beyond"
+    h: Tensor
+    lower: Tensor
+    upper: Tensor
     magnitude: Tensor
     product: Tensor
     change: Tensor
@@ -112,10 +114,48 @@ class Cores:
 
     def trusted(self, gain: Tensor) -> Tensor:
         """Where float32 sums are good enough: a millionth does not matter to what was subtracted or is smallest."""
-        spread = self.values[..., 0] > _LEAST_SPREAD * self.values[..., -1]
+        spread = self.lower > _LEAST_SPREAD * self.upper
         changed = self.change > _LEAST_CHANGE * (self.product * gain).square()
-        beyond = self.root[..., 0].square() > _LEAST_BEYOND
+        beyond = self.beyond.least > _LEAST_BEYOND
         return spread & changed & beyond & (self.cancellation() < _BAD_GAUGE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beyond:
+    """Of columns G = N·fold, N orthonormal: fold and its (pseudo-)inverse `lift` (M×m×r×r), from GᵀG.
+
+    `least` (M×m): at most the smallest eigenvalue of GᵀG; `least_alive`: of those that are not dropped.
+    """
+
+    fold: Tensor
+    lift: Tensor
+    least: Tensor
+    least_alive: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor) -> "Beyond":
+        """By Cholesky where all devices' columns are well-conditioned, else by eigenvectors, at ten times the cost."""
+        inverse, least = _inverse_factor(gram)
+        if bool((least > _WELL_CONDITIONED).all()):
+            return cls(fold=torch.linalg.cholesky(gram).mT, lift=inverse.mT, least=least, least_alive=least)
+        values, directions = torch.linalg.eigh(gram)
+        root = torch.where(values > _DROPPED, values, 0.0).sqrt()
+        inverse_root = torch.where(root > 0, 1.0 / root.clamp(min=_DROPPED**0.5), 0.0)
+        return cls(
+            fold=root[..., :, None] * directions.mT,
+            lift=directions * inverse_root[..., None, :],
+            least=root[..., 0].square(),
+            least_alive=torch.where(root > 0, values, torch.inf).amin(dim=-1),
+        )
+
+
+def _inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """L⁻¹ with gram = LLᵀ, and 1/‖gram⁻¹‖_F, at most the smallest eigenvalue; 0 where there is no such L."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    unit = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+    inverse = torch.linalg.solve_triangular(factor, unit, upper=False)
+    least = 1.0 / torch.linalg.matrix_norm(inverse.mT @ inverse)
+    return inverse, torch.where(info == 0, least, 0.0).nan_to_num(nan=0.0)
 
 
 def measured(batch: Batch) -> tuple[Batch, Grams, Cores]:
@@ -133,11 +173,6 @@ def measured(batch: Batch) -> tuple[Batch, Grams, Cores]:
         grams = grams.replaced(bad, _precisely(batch, bad))
         cores = _cores(batch, grams)
     return batch, grams, cores
-
-
-def inverse_root(root: Tensor) -> Tensor:
-    """1/root, 0 where root is 0."""
-    return torch.where(root > 0, 1.0 / root.clamp(min=_DROPPED**0.5), 0.0)
 
 
 def _refactored(devices: Devices, places: tuple[Tensor, Tensor]) -> Devices:
@@ -206,19 +241,17 @@ def _cores(batch: Batch, grams: Grams) -> Cores:
     on_a = grams.a.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     norms = torch.where(on_b > 0, on_b, 1.0)
     cross = grams.cross / norms[..., None, :]
-    beyond = grams.b / (norms[..., :, None] * norms[..., None, :]) - cross.mT @ cross
-    values, directions = torch.linalg.eigh(beyond)
-    root = torch.where(values > _DROPPED, values, 0.0).sqrt()
-    j = _joint(cross, root[..., :, None] * directions.mT)
+    beyond = Beyond.of(grams.b / (norms[..., :, None] * norms[..., None, :]) - cross.mT @ cross)
+    j = _joint(cross, beyond.fold)
     core = j @ _right_gram(batch.tail, grams, norms * batch.gain[..., None]) @ j.mT
-    spectrum, vectors = torch.linalg.eigh((core + core.mT) / 2)
+    h = (core + core.mT) / 2
     squares = (grams.b * grams.a).sum(dim=(-2, -1)).clamp(min=0)
     return Cores(
         norms=norms,
-        root=root,
-        directions=directions,
-        values=spectrum,
-        vectors=vectors,
+        beyond=beyond,
+        h=h,
+        lower=_inverse_factor(h)[1],
+        upper=h.diagonal(dim1=-2, dim2=-1).sum(dim=-1),
         magnitude=(on_b * on_a).sum(dim=-1),
         product=squares.sqrt(),
         change=_change(batch, squares * batch.gain.square(), grams.inner),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.factors import ClientUpdate, core_svd
-from glora_server.aggregation.fast.cores import RESOLUTION, Batch, Cores, Tail, inverse_root, measured
+from glora_server.aggregation.fast.cores import RESOLUTION, Batch, Cores, Tail, measured
 from glora_server.aggregation.fast.devices import Devices, Listed, Units
 from glora_server.aggregation.fast.stacked import Stacked
 from glora_server.aggregation.frame import Block
@@ -32,8 +32,8 @@ from glora_server.aggregation.state import LayerState
 from glora_server.aggregation.subspace import Subspace, Voting
 
 _TAIL_ROUNDING = 1e-7
-_PRECISE_BELOW = 1e-3
-_PLAIN_ABOVE = 1.0 / 8
+_PRECISE_BELOW = 1e-6
+_PLAIN_ABOVE = 1.0 / 64
 _PLAIN_NORMS = 1e-12, 1e12
 _MOST_LISTED = 128
 """Devices of one group where memory is to be small: their cores are some twenty numbers for each of r²."""
@@ -232,29 +232,25 @@ def _wide(values: Sequence[Sequence[float]], *, like: Tensor) -> Tensor:
 
 def _group(rule: VoteRule, batch: Batch, clients: tuple[int, ...], modules: Sequence[ModuleRound]) -> Group:
     batch, grams, cores = measured(batch)
-    kept = _kept(rule, batch, cores, modules)
-    weight = batch.share[..., None] * _vote_weights(rule.voting, torch.where(kept, cores.values, 0.0), kept)
-    vote = (cores.vectors * weight[..., None, :]) @ cores.vectors.mT
-    unit = cores.directions * inverse_root(cores.root)[..., None, :]
-    smallest = torch.where(cores.root > 0, cores.root, torch.inf).amin(dim=-1)
+    vote, votes = _votes(rule, batch, cores, modules)
     units = Units(
-        lift=unit / cores.norms[..., :, None],
-        shift=(grams.cross / cores.norms[..., None, :]) @ unit,
+        lift=cores.beyond.lift / cores.norms[..., :, None],
+        shift=(grams.cross / cores.norms[..., None, :]) @ cores.beyond.lift,
         u=batch.tail.u,
         plain=_plain(cores),
-        precise=smallest < _PRECISE_BELOW,
+        precise=cores.beyond.least_alive < _PRECISE_BELOW,
     )
     return Group(
         batch=batch,
         clients=clients,
         units=units,
-        fold=cores.root[..., :, None] * cores.directions.mT * cores.norms[..., None, :],
+        fold=cores.beyond.fold * cores.norms[..., None, :],
         cross=grams.cross,
         gram_b=grams.b,
         gram_a=grams.a,
         gram_sent=grams.sent,
         vote=vote,
-        votes=kept.sum(dim=-1),
+        votes=votes,
         norms=cores.product * batch.gain / rule.step,
         changes=cores.change.sqrt(),
     )
@@ -264,7 +260,7 @@ def _plain(cores: Cores) -> Tensor:
     """Where B_i can stand for N_i: rounding it then moves what it says by no more than eight times as much."""
     least, most = _PLAIN_NORMS
     inside = (cores.norms > least) & (cores.norms < most)  # their inverse squares must not overflow float32
-    return (cores.root[..., 0] > _PLAIN_ABOVE) & inside.all(dim=-1)
+    return (cores.beyond.least > _PLAIN_ABOVE) & inside.all(dim=-1)
 
 
 def _in_raw(vote: Tensor, units: Units) -> Tensor:
@@ -278,12 +274,28 @@ def _in_raw(vote: Tensor, units: Units) -> Tensor:
     return raw
 
 
-def _kept(rule: VoteRule, batch: Batch, cores: Cores, modules: Sequence[ModuleRound]) -> Tensor:
-    """Which eigenvectors of H have a vote (M×m×(c+r)), by the floor of `subspace.reveal`.
+def _votes(rule: VoteRule, batch: Batch, cores: Cores, modules: Sequence[ModuleRound]) -> tuple[Tensor, Tensor]:
+    """p_iW_i (M×m×(c+r)×(c+r)), and how many eigenvectors of H have a vote (M×m)."""
+    size = cores.h.shape[-1]
+    all_votes = torch.full_like(cores.lower, size, dtype=torch.long)
+    if rule.voting.subspace is Subspace.PROJECTOR:
+        # If all count, as the bounds of the eigenvalues often show, W_i is the identity and needs no eigenvectors.
+        least = _floor(rule, batch, cores, modules, top=cores.upper.clamp(min=0).sqrt())
+        if bool((cores.lower.sqrt() > least).all()):
+            unit = torch.eye(size, dtype=cores.h.dtype, device=cores.h.device)
+            return batch.share[..., None, None] * unit, all_votes
+    values, vectors = torch.linalg.eigh(cores.h)
+    sigma = values.clamp(min=0).sqrt()
+    kept = sigma > _floor(rule, batch, cores, modules, top=sigma[..., -1])[..., None]
+    weight = batch.share[..., None] * _vote_weights(rule.voting, torch.where(kept, values, 0.0), kept)
+    return (vectors * weight[..., None, :]) @ vectors.mT, kept.sum(dim=-1)
+
+
+def _floor(rule: VoteRule, batch: Batch, cores: Cores, modules: Sequence[ModuleRound], *, top: Tensor) -> Tensor:
+    """The floor of `subspace.reveal` (M×m), for σ_1(X_i) = `top`; it grows with that.
 
     Where `reveal` takes σ_1(D_i) and σ_1(ηΔW_i), this takes the Frobenius norms, which Gram matrices give.
     """
-    top = cores.values[..., -1].clamp(min=0).sqrt()
     terms, changed = top, top
     if rule.rule is not Rule.REPLACE:
         changed = cores.change.sqrt()
@@ -291,8 +303,7 @@ def _kept(rule: VoteRule, batch: Batch, cores: Cores, modules: Sequence[ModuleRo
         held = torch.tensor(largest, dtype=top.dtype, device=top.device)[:, None]
         terms = torch.stack([top, changed, cores.product * batch.gain, held.expand_as(top)]).amax(dim=0)
     rounding = RESOLUTION * (cores.magnitude * batch.gain + batch.tail.sigma.sum(dim=1, keepdim=True))
-    floor = torch.maximum(torch.minimum(rule.rank_tol * terms, changed), rounding)
-    return cores.values.clamp(min=0).sqrt() > floor[..., None]
+    return torch.maximum(torch.minimum(rule.rank_tol * terms, changed), rounding)
 
 
 def _vote_weights(voting: Voting, squares: Tensor, kept: Tensor) -> Tensor:
