@@ -12,6 +12,8 @@ from glora_server.coordinator.views_history import (
     Contribution,
     DeviceCounts,
     DeviceDetail,
+    DeviceFilter,
+    DeviceLine,
     Outcome,
     WorkView,
     reliability,
@@ -30,6 +32,9 @@ class FakeHistory:
     async def device(self, name: str) -> DeviceView:
         raise NotImplementedError
 
+    async def devices(self, page: Page, wanted: DeviceFilter | None = None) -> Listing[DeviceView]:
+        raise NotImplementedError
+
     def _find(self, name: str) -> Any:
         raise NotImplementedError
 
@@ -42,6 +47,11 @@ class FakeHistory:
         return DeviceDetail(
             device=view, outcomes=outcomes, reliability=reliability(outcomes), agreement=(), run_names={}
         )
+
+    async def device_lines(self, page: Page, wanted: DeviceFilter | None = None) -> Listing[DeviceLine]:
+        found = await self.devices(page, wanted)
+        items = tuple(DeviceLine(device=view, reliability=0.75, agreement=None) for view in found.items)
+        return Listing(items=items, next_token=found.next_token)
 
     async def device_history(self, name: str, page: Page) -> Listing[WorkView]:
         view = await self.device(name)

@@ -121,8 +121,16 @@ def test_agreement_weighs_modules_with_squared_norms() -> None:
     def client(norm: float, capture: float | None, cosine: float) -> dict[str, object]:
         return {"device_id": "a", "update_norm": norm, "capture": capture, "cosine": cosine}
 
-    modules = [{"clients": [client(1.0, 1.0, 0.0)]}, {"clients": [client(2.0, 0.5, 1.0)]}, {"clients": None}]
-    assert agreement(modules) == {"a": (pytest.approx((1.0 + 4 * 0.5) / 5), pytest.approx(0.8))}
+    modules: list[dict[str, object]] = [
+        {"clients": [client(1.0, 1.0, 0.0)]},
+        {"clients": [client(2.0, 0.5, 1.0)]},
+        {"clients": None},
+    ]
+    found = agreement(modules)
+    assert found.keys() == {DeviceId("a")}
+    capture, cosine = found[DeviceId("a")]
+    assert capture == pytest.approx((1.0 + 4 * 0.5) / 5)
+    assert cosine == pytest.approx(0.8)
     assert agreement([{"clients": [client(0.0, 1.0, 0.0)]}]) == {"a": (None, None)}
     assert agreement([{"clients": [client(1.0, None, 0.0)]}]) == {}
 
