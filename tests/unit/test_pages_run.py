@@ -19,7 +19,7 @@ from glora_server.coordinator.model import MetricPhase
 from glora_server.coordinator.policy_table import POLICY_KEYS
 from glora_server.coordinator.views import RankScore, RunView
 from glora_server.coordinator.views_history import Spread, VersionScore
-from glora_server.coordinator.views_plots import QualityPoint, RunSeries, Severity, SpectrumCell, SpectrumMap
+from glora_server.coordinator.views_plots import Alert, QualityPoint, RunSeries, Severity, SpectrumCell, SpectrumMap
 from glora_server.rounds.assignment import AssignmentPhase
 from glora_server.rounds.ids import RunId
 from glora_server.rounds.policy import RoundPolicy, Sampling, TooFew
@@ -113,7 +113,7 @@ def test_every_state_has_a_sign_of_its_own() -> None:
 
 
 def test_no_alert_leaves_no_trace() -> None:
-    assert alert_list(()) == ""
+    assert alert_list((), leads_to=lambda _: True) == ""
 
 
 def curves(options: dict[str, Any]) -> dict[str, list[Any]]:
@@ -209,3 +209,16 @@ def test_a_sparkline_stays_in_its_box() -> None:
     markup = parts.sparkline([0.2, 0.2, 0.2], label="flat")
     assert 'points="3.0,28.0 60.0,28.0 117.0,28.0"' in markup
     assert parts.sparkline([0.5], label="one") == ""
+
+
+def test_only_the_worst_alerts_stand_before_the_runs() -> None:
+    alerts = [
+        Alert(severity=Severity.WARNING, code="device_rejected", message=f"m{i}", target=f"d{i}") for i in range(5)
+    ]
+    few = str(alert_list(alerts[:3], leads_to=lambda _: True))
+    many = str(alert_list(alerts, leads_to=lambda address: address == "/devices/d4"))
+    assert "<details" not in few
+    assert "<summary>2 alerts more</summary>" in many
+    assert many.index("m2") < many.index("<details") < many.index("m3")
+    assert few.count("<a ") == 3
+    assert many.count("<a ") == 1

@@ -75,7 +75,7 @@ def page(
 
 
 def may_see(address: str) -> bool:
-    """Whether there is a page at the address that the viewer of this context may open; False outside of a page."""
+    """Whether there is a page at the address that the viewer of this context may open."""
     parts = address.partition("?")[0].split("/")
     for entry in PAGES.values():
         own = entry.path.split("/")

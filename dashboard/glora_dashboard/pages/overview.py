@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 from urllib.parse import quote
 
@@ -25,6 +25,8 @@ from glora_server.rounds.round import GATHERING
 from glora_server.rounds.run import RunPhase
 
 SHOWN_RUNS: Final = 20
+SHOWN_ALERTS: Final = 3
+"""The worst; the others are one click away, so that runs stay in sight."""
 
 
 _ENDED: Final = frozenset({RunPhase.COMPLETED, RunPhase.FAILED, RunPhase.ABORTED})
@@ -50,7 +52,7 @@ async def overview(site: Site) -> None:
             if "/runs/new" in PAGES and may(Role.OPERATOR):
                 Block(anchor("New run", "/runs/new", classes="button primary"))
         tiles = Block(_tiles(system))
-        alerts = Block(alert_list(found)).props('aria-live="polite"')
+        alerts = Block(alert_list(found, leads_to=may_see)).props('aria-live="polite"')
         runs = Pager(site.queries.runs, lambda views: _runs(views, system), size=SHOWN_RUNS)
         await runs.refresh()
 
@@ -58,7 +60,7 @@ async def overview(site: Site) -> None:
             nonlocal system
             system = await site.queries.system()
             tiles.show(_tiles(system))
-            alerts.show(alert_list(await site.queries.alerts()))
+            alerts.show(alert_list(await site.queries.alerts(), leads_to=may_see))
             await runs.refresh()
 
         keep_fresh(site, refresh)
@@ -75,17 +77,24 @@ def _tiles(system: SystemView) -> Markup:
     return Markup('<dl class="tiles">{}</dl>').format(rows)
 
 
-def alert_list(alerts: Sequence[Alert]) -> Markup:
-    """What needs a person, the worst first; nothing when nothing does."""
+def alert_list(alerts: Sequence[Alert], *, leads_to: Callable[[str], bool]) -> Markup:
+    """What needs a person, the worst first; nothing when nothing does. `leads_to` says which addresses one may open."""
     if not alerts:
         return Markup("")
-    return Markup('<ul class="alerts">{}</ul>').format(join(map(_alert, alerts)))
+    drawn = [_alert(alert, leads_to) for alert in alerts]
+    first, rest = drawn[:SHOWN_ALERTS], drawn[SHOWN_ALERTS:]
+    shown = Markup('<ul class="alerts">{}</ul>').format(join(first))
+    if not rest:
+        return shown
+    return Markup('{}<details class="more"><summary>{} more</summary><ul class="alerts">{}</ul></details>').format(
+        shown, fmt.count(len(rest), "alert"), join(rest)
+    )
 
 
-def _alert(alert: Alert) -> Markup:
+def _alert(alert: Alert, leads_to: Callable[[str], bool]) -> Markup:
     tone, word = SEVERITY_SIGNS[alert.severity]
     address = _ALERT_PAGES.get(alert.code, "/system").format(name=quote(alert.target, safe=""))
-    link = anchor("Show", address) if may_see(address) else Markup("")
+    link = anchor("Show", address) if leads_to(address) else Markup("")
     return Markup('<li class="{}" data-key="{}-{}">{}<span><b class="visually-hidden">{}: </b>{}</span>{}</li>').format(
         tone, alert.code, alert.target, icon(tone), word, alert.message, link
     )

@@ -30,7 +30,7 @@ def sentence(view: RunView) -> str:
         return "Not started yet: starting it makes the first version and opens rounds."
     if run.phase is RunPhase.COMPLETED and not view.waiting:
         return f"All {fmt.count(run.rounds_done, 'round')} are done. Every version that is kept can be exported."
-    return view.waiting or "It is going on."
+    return (view.waiting or "It is going on.").replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def tiles(view: RunView) -> Markup:

@@ -9,7 +9,7 @@ from typing import Final
 from markupsafe import Markup
 
 from glora_dashboard.pages import format as fmt
-from glora_dashboard.pages.frame import frame, page
+from glora_dashboard.pages.frame import frame, may_see, page
 from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.overview import alert_list
 from glora_dashboard.pages.parts import Block, bar, card, facts, join, pill
@@ -34,7 +34,7 @@ async def system_page(site: Site) -> None:
     """The server itself."""
     seen = await _look(site)
     with frame("System"):
-        alerts = Block(alert_list(seen.alerts)).props('aria-live="polite"')
+        alerts = Block(alert_list(seen.alerts, leads_to=may_see)).props('aria-live="polite"')
         tiles = Block(_tiles(seen.system))
         with card("Health", note="what /readyz says"):
             health = Block(_health(seen))
@@ -45,7 +45,7 @@ async def system_page(site: Site) -> None:
 
         async def refresh() -> None:
             fresh = await _look(site)
-            alerts.show(alert_list(fresh.alerts))
+            alerts.show(alert_list(fresh.alerts, leads_to=may_see))
             tiles.show(_tiles(fresh.system))
             health.show(_health(fresh))
             storage.show(_storage(fresh.system))
