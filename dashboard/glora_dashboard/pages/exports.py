@@ -36,8 +36,8 @@ async def exports_page(site: Site, run: str = "") -> None:
     runs = (await site.queries.runs(Page(size=_RUNS_OFFERED))).items
     started = [view for view in runs if view.version_number is not None]
     chosen = await site.queries.run(run) if run else next(iter(started), None)
-    ui.add_head_html(f'<script src="{STATIC_PREFIX}/export.js" defer></script>')
     with frame("Exports"):
+        ui.add_head_html(f'<script src="{STATIC_PREFIX}/export.js" defer></script>')
         if chosen is None:
             _nothing(operator=may(Role.OPERATOR))
             return

@@ -30,6 +30,7 @@ from glora_dashboard.permission import principal_of, require
 from glora_server.coordinator.people import Principal, Role
 from glora_wire.errors import GloraError, Kind
 
+_MARK: Final = 'name="glora-now"'
 _BUILD_SECONDS: Final = 20.0
 _STATUS: Final = {Kind.NOT_FOUND: 404, Kind.FORBIDDEN: 403, Kind.UNAUTHENTICATED: 401, Kind.UNAVAILABLE: 503}
 
@@ -97,9 +98,9 @@ def _say(title: str, error: GloraError) -> None:
 def frame(title: str, *, crumbs: tuple[Link, ...] = (), heading: bool = True) -> Iterator[None]:
     """The page's frame, to be filled as a context. `crumbs` lead back; `heading` shows the title above the content."""
     ui.page_title(f"{title} · glora")
-    if STATIC_PREFIX not in context.client.head_html:  # a page that fails half-way opens its frame a second time
+    if _MARK not in context.client.head_html:  # a page that fails half-way opens its frame a second time
         ui.add_head_html(
-            f'<meta name="glora-now" content="{time.time():.3f}">'
+            f'<meta {_MARK} content="{time.time():.3f}">'
             f'<link rel="stylesheet" href="{STATIC_PREFIX}/site.css">'
             f'<link rel="stylesheet" href="{STATIC_PREFIX}/desk.css"><script src="{STATIC_PREFIX}/site.js"></script>'
         )
