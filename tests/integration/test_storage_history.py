@@ -6,7 +6,7 @@ import pytest
 from storage_records import NOW, assignment, bound, device, evaluation, measurement, stage, stage_round
 from synthetic_history import MAIN, Size, fill_store
 
-from glora_server.coordinator.model import AuditEntry, MetricPhase, Page
+from glora_server.coordinator.model import AuditEntry, Measurement, MetricPhase, Page
 from glora_server.coordinator.ports import KeptAnswer, UnitOfWork
 from glora_server.coordinator.queries_plots import exports, lineage, series, spectrum
 from glora_server.coordinator.views_history import AuditFilter, Outcome
@@ -59,7 +59,8 @@ async def test_measurements_come_in_pages(store: SqlStore) -> None:
         for phase in (MetricPhase.BEFORE, MetricPhase.AFTER)
     ]
     await store.write(lambda uow: uow.measurements.put(every))
-    found, token = [], ""
+    found: list[Measurement] = []
+    token = ""
     for _ in range(3):
         part = await store.read(bound(lambda uow, at: uow.lists.measurements(RUN, Page(size=2, token=at)), token))
         found += part.items
