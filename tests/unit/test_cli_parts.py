@@ -142,6 +142,7 @@ def run_answer(phase: str) -> RunAnswer:
         round=None,
         evaluations=[],
         scores=[],
+        row_version=0,
         revision=0,
     )
 
