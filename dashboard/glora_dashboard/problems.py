@@ -52,7 +52,7 @@ class Problem(BaseModel):
 
     model_config = ConfigDict(json_schema_extra={"examples": [_EXAMPLE]})
 
-    type: str = Field(description="urn:glora:problem:REASON; docs/rest.md says what each means.")
+    type: str = Field(default="about:blank", description="urn:glora:problem:REASON; docs/rest.md says what each means.")
     title: str
     status: int
     reason: str = Field(description="Stable name, for scripts.")
