@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from markupsafe import Markup, escape
-from nicegui import ui
+from nicegui import context, ui
 from nicegui.element import Element
 
 Link = tuple[str, str]
@@ -133,8 +133,11 @@ def button(words: str, action: Callable[[], object], *, kind: str = "") -> Eleme
 
 @contextmanager
 def sheet(title: str) -> Iterator[ui.dialog]:
-    """A dialog with a heading, to be filled as a context and then opened; it is gone once it is closed."""
-    with ui.dialog() as dialog, ui.element("div").classes("sheet"):
+    """A dialog with a heading, to be filled as a context and then opened; it is gone once it is closed.
+
+    It belongs to the page, not to the dialog whose button opened it and which may be closed before it.
+    """
+    with context.client.content, ui.dialog() as dialog, ui.element("div").classes("sheet"):
         dialog.props["aria-label"] = title
         Block(escape(title), tag="h2")
         yield dialog
