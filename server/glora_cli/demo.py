@@ -46,6 +46,10 @@ def demo(
         typer.Option(metavar="FILE", help='Texts of your own: JSONL with "text" and "label_name".', show_default=False),
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep everything: run.toml, rows, logs, database.")] = False,
+    stay: Annotated[
+        bool,
+        typer.Option("--stay", help="Leave the server up at the end, to look around in the browser; Ctrl-C ends it."),
+    ] = False,
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port; the next free one when it is in use.")] = 8080,
     as_json: JsonFlag = False,
 ) -> None:
@@ -68,27 +72,31 @@ def demo(
         data=data,
         port=port,
     )
-    report = _run(options, keep=keep, as_json=as_json)
+    adapter = _free_folder(Path.cwd() / _ADAPTER)
+    with ending_cleanly(), _folder(keep=keep) as folder, Processes(folder / "logs") as processes:
+        with open_view(as_json=as_json) as view:
+            if keep:
+                view.say(f"everything is kept in {folder}")
+            federation = Federation(options, folder, processes, view)
+            report = federation.run(adapter, kept=keep)
+        _tell(report, as_json=as_json)
+        if stay:
+            typer.echo(f"\nThe server stays up. {federation.sign_in} Ctrl-C ends everything.", err=as_json)
+            processes.stay()
+
+
+def _tell(report: Report, *, as_json: bool) -> None:
     if as_json:
         typer.echo(report.to_json())
     else:
         console().print(report_page(report))
 
 
-def _run(options: DemoOptions, *, keep: bool, as_json: bool) -> Report:
-    adapter = _free_folder(Path.cwd() / _ADAPTER)
-    with ending_cleanly(), _folder(keep=keep) as folder, open_view(as_json=as_json) as view:
-        if keep:
-            view.say(f"everything is kept in {folder}")
-        (folder / "logs").mkdir()
-        with Processes(folder / "logs") as processes:
-            return Federation(options, folder, processes, view).run(adapter, kept=keep)
-
-
 @contextlib.contextmanager
 def _folder(*, keep: bool) -> Iterator[Path]:
-    """A new folder that is gone afterwards unless it is to be kept."""
+    """A new folder with one for logs, that is gone afterwards unless it is to be kept."""
     folder = Path(tempfile.mkdtemp(prefix="glora-demo-"))
+    (folder / "logs").mkdir()
     try:
         yield folder
     finally:

@@ -5,6 +5,7 @@ Everything is done as people do it by hand, with the same commands; the demo onl
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -49,6 +50,7 @@ class Federation:
         self._data_dir = folder / "server"
         self._started = time.monotonic()
         self._url = ""
+        self._password = secrets.token_urlsafe(12)
 
     def run(self, adapter: Path, *, kept: bool) -> Report:
         """Do everything; the export goes to the new folder `adapter`. Raises GloraError for whatever fails."""
@@ -65,6 +67,11 @@ class Federation:
             traffic = self._traffic()
             self._export(adapter)
         return self._report(run, split, traffic, adapter, kept=kept)
+
+    @property
+    def sign_in(self) -> str:
+        """How people get into the browser pages, a sentence."""
+        return f"Sign in at {self._url} as admin with the password {self._password}."
 
     def _deal_rows(self) -> Split:
         data = self._options.data
@@ -91,6 +98,7 @@ class Federation:
             http_port=port,
             grpc_port=grpc if port_is_free(grpc) else 0,
             enrolment_port=enrolment if port_is_free(enrolment) else 0,
+            admin_password=self._password,
         )
         (self._data_dir / "glora.toml").write_text(settings, encoding="utf-8")
         self._url = f"http://{HOST}:{port}"
@@ -98,6 +106,7 @@ class Federation:
         with httpx2.Client(base_url=self._url, trust_env=False, timeout=2.0) as http:
             self._processes.wait_until(lambda: _answers(http), "Starting the server", _COMMAND_SECONDS, server)
         self._view.say(f"server is up: {self._url} for people, gRPC with mutual TLS for devices")
+        self._view.say(self.sign_in)
         self._view.say(f"from another terminal: glora run watch {RUN_NAME} {' '.join(self._server())}")
 
     def _join(self, api: Api, split: Split) -> None:

@@ -108,6 +108,13 @@ class Processes:
                 what = "ended unexpectedly" if child.lasts else "failed"
                 raise failure(f"{child.name} {what} (exit code {child.process.returncode})", child)
 
+    def stay(self) -> None:
+        """Wait for Ctrl-C; raises INTERNAL when a process ends before."""
+        with contextlib.suppress(KeyboardInterrupt):
+            while True:
+                self.check()
+                time.sleep(_POLL_SECONDS)
+
     def stop(self) -> None:
         """End every process that is left, politely first."""
         try:

@@ -73,7 +73,7 @@ keep_versions = {options.rounds + 1}
 """
 
 
-def server_toml(*, http_port: int, grpc_port: int, enrolment_port: int) -> str:
+def server_toml(*, http_port: int, grpc_port: int, enrolment_port: int, admin_password: str) -> str:
     """The settings of a server that only this machine reaches; port 0 = any free one."""
     return f"""\
 [grpc]
@@ -87,6 +87,7 @@ port = {enrolment_port}
 
 [http]
 port = {http_port}
+admin_password = {_quoted(admin_password)}
 
 [worker]
 threads = 1

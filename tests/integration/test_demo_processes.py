@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 
@@ -50,6 +53,15 @@ def test_what_takes_too_long_is_told(tmp_path: Path) -> None:
             processes.wait_until(lambda: False, "Starting it", within=0.0, child=child)
 
 
+def test_staying_ends_with_ctrl_c_or_with_the_server(tmp_path: Path) -> None:
+    with Processes(tmp_path) as processes:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        processes.stay()
+        processes.start("server", "server", "--data-dir", "/proc/nowhere", lasts=True)
+        with pytest.raises(GloraError, match="server ended unexpectedly"):
+            processes.stay()
+
+
 def test_all_processes_end_together_and_soon(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes:
         children = [
@@ -65,6 +77,6 @@ def test_all_processes_end_together_and_soon(tmp_path: Path) -> None:
 
 def _server_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    settings = server_toml(http_port=0, grpc_port=0, enrolment_port=0)
+    settings = server_toml(http_port=0, grpc_port=0, enrolment_port=0, admin_password="correct horse battery")
     (folder / "glora.toml").write_text(settings)
     return folder

@@ -110,7 +110,9 @@ def test_the_example_settings_are_understood() -> None:
 
 def test_the_server_of_the_demo_is_reached_from_this_machine_only(tmp_path: Path) -> None:
     path = tmp_path / "glora.toml"
-    path.write_text(server_toml(http_port=8081, grpc_port=0, enrolment_port=7444))
+    path.write_text(
+        server_toml(http_port=8081, grpc_port=0, enrolment_port=7444, admin_password="correct horse battery")
+    )
     settings = Settings.load(path, tmp_path, env={})
     assert (settings.grpc.host, settings.enrolment.host, settings.http.host) == (HOST, HOST, HOST)
     assert (settings.http.port, settings.grpc.port, settings.enrolment.port) == (8081, 0, 7444)
