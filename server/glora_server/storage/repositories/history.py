@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, case, cast, delete, func, select
+from sqlalchemy import ColumnElement, Double, case, cast, delete, func, select, text
 from sqlalchemy.orm import InstrumentedAttribute
 
 from glora_server.coordinator.model import Listing, Measurement, MetricPhase, Page
@@ -234,7 +234,7 @@ class HistoryRepository:
         number = func.count().label("number")
         statement = (
             select(AssignmentRow.device_id, number)
-            .where(AssignmentRow.phase == AssignmentPhase.REJECTED, AssignmentRow.closed_at >= since)
+            .where(text("phase = 'rejected'"), AssignmentRow.closed_at >= since)  # as the index says it
             .group_by(AssignmentRow.device_id)
             .order_by(number.desc(), AssignmentRow.device_id)
             .limit(limit)
