@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, case, cast, delete, func, select, text
+from sqlalchemy import ColumnElement, Double, case, cast, delete, func, literal_column, select, text
 from sqlalchemy.orm import InstrumentedAttribute
 
 from glora_server.coordinator.model import Listing, Measurement, MetricPhase, Page
@@ -232,11 +232,13 @@ class HistoryRepository:
     def rejections(self, since: float, limit: int) -> Mapping[DeviceId, int]:
         """How many updates of each device were rejected since then; the `limit` most rejected."""
         number = func.count().label("number")
+        # Not the bare column: SQLite would walk its index over all assignments to have the groups in order.
+        who = func.coalesce(AssignmentRow.device_id, literal_column("''"))
         statement = (
-            select(AssignmentRow.device_id, number)
+            select(who.label("device_id"), number)
             .where(text("phase = 'rejected'"), AssignmentRow.closed_at >= since)  # as the index says it
-            .group_by(AssignmentRow.device_id)
-            .order_by(number.desc(), AssignmentRow.device_id)
+            .group_by(who)
+            .order_by(number.desc(), who)
             .limit(limit)
         )
         return {DeviceId(row.device_id): row.number for row in self._session.rows(statement)}
