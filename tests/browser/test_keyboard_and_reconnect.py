@@ -99,3 +99,17 @@ def test_a_page_survives_a_restart_of_its_server(bare_site: Federation, visit: V
     expect(page.locator("g-connection")).to_have_attribute("data-state", "live")
     assert page.evaluate("window.stays") is None, "the page was not loaded anew"
     expect(page).to_have_url(re.compile(r"/$"))
+
+
+def test_what_has_the_focus_keeps_it_while_the_page_changes(site: Federation, visit: Visitor) -> None:
+    """Markup is changed in place: a link that somebody is at is still the same one after many refreshes."""
+    page = visit(site, "/", role=Role.VIEWER)
+    link = page.get_by_role("link", name=RUN, exact=True)
+    link.focus()
+    page.evaluate("document.activeElement.marked = true")
+    sentence = page.locator(".why").first
+    before = sentence.inner_text()
+    expect(sentence).not_to_have_text(before, timeout=60_000)
+    assert page.evaluate("document.activeElement.marked") is True
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile(rf"/runs/{RUN}$"))

@@ -89,7 +89,8 @@ def _field(key: str, value: object) -> ValueElement[Any]:
     else:
         raise TypeError(f"the form has no field for {key}: {value!r}")
     field.props("outlined")
-    field.props["hint"] = hint
+    if key not in _CHOICES:
+        field.props["hint"] = hint
     return field
 
 
@@ -116,7 +117,10 @@ def _value(old: object, entered: object) -> object:
 
 def _tell(problem: Block, fields: Mapping[str, ValueElement[Any]], refused: GloraError) -> None:
     """Show the server's sentences, and mark the fields that they name."""
-    problem.show(Markup('<div class="form-problem">{}</div>').format(refused.message))
+    text = refused.message
+    for key, label in sorted(_LABELS.items(), key=lambda item: -len(item[0])):
+        text = text.replace(f"edit, policy.{key}: ", f"{label}: ")
+    problem.show(Markup('<div class="form-problem">{}</div>').format(text))
     for key, field in fields.items():
         if isinstance(field, ValidationElement):
             named = [sentence for sentence in refused.message.splitlines() if key in sentence]

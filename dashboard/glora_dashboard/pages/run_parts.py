@@ -70,6 +70,8 @@ def this_round(view: RunView) -> Markup:
     head = Markup('<div class="round-head"><b>Round {}</b>{}<span class="muted">{}</span>{}</div>').format(
         round_.number, pill(ROUND_TONES[round_.phase], round_.phase.value), _round_time(current), timeline
     )
+    if round_.opened_at is None:
+        return head
     done = bar(current.accepted / wanted, label=f"Updates of round {round_.number}", tone=_tone(current))
     words = Markup('<p class="small muted">{} of {} in{}</p>').format(
         current.accepted, fmt.count(wanted, "update"), f", at least {round_.policy.quorum} needed"
