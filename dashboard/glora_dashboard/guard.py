@@ -28,6 +28,8 @@ from glora_wire.errors import GloraError, Reason
 
 MAX_BODY_BYTES: Final = 20 * 1024 * 1024
 """A manifest may have 16 MiB."""
+STRANGERS_BODY_BYTES: Final = 64 * 1024
+"""A name and a password: what somebody who has not signed in may send."""
 _POLICY_VIOLATION: Final = 1008
 
 
@@ -57,7 +59,8 @@ class Guard:
             if principal is None and not self._rules.is_open(scope["path"]):
                 await _ask_to_sign_in(scope, headers)(scope, receive, send)
                 return
-            messages = await self._read_body(headers, receive)
+            limit = self._max_body if principal is not None else min(self._max_body, STRANGERS_BODY_BYTES)
+            messages = await _read_body(headers, receive, limit)
         except GloraError as error:
             await problem_response(error)(scope, receive, send)
             return
@@ -112,26 +115,27 @@ class Guard:
             )
         return principal
 
-    async def _read_body(self, headers: Headers, receive: Receive) -> list[Message]:
-        """The messages of the whole body; raises _TooLargeError."""
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self._max_body:
-            raise _TooLargeError(self._max_body)
-        messages: list[Message] = []
-        total = 0
-        while True:
-            message = await receive()
-            messages.append(message)
-            total += len(message.get("body", b""))
-            if total > self._max_body:
-                raise _TooLargeError(self._max_body)
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                return messages
+
+async def _read_body(headers: Headers, receive: Receive, limit: int) -> list[Message]:
+    """The messages of a whole body of at most `limit` bytes; raises _TooLargeError."""
+    length = headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limit:
+        raise _TooLargeError(limit)
+    messages: list[Message] = []
+    total = 0
+    while True:
+        message = await receive()
+        messages.append(message)
+        total += len(message.get("body", b""))
+        if total > limit:
+            raise _TooLargeError(limit)
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return messages
 
 
 class _TooLargeError(Exception):
     def __init__(self, limit: int) -> None:
-        sentence = f"The request is too large; at most {limit // (1024 * 1024)} MiB are taken."
+        sentence = f"The request is too large; at most {limit // 1024} KiB are taken."
         self.error = GloraError(Reason.REQUEST_INVALID, sentence)
 
 

@@ -332,6 +332,14 @@ def test_a_body_that_is_too_large_is_refused(client: TestClient, announced: bool
     assert "too large" in answer.json()["detail"]
 
 
+def test_somebody_who_has_not_signed_in_may_send_little(client: TestClient) -> None:
+    body = json.dumps({"username": "x", "password": "p" * 70_000})
+    client.headers.pop("authorization", None)
+    answer = client.post("/api/v1/sign-in", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+    assert "at most 64 KiB" in answer.json()["detail"]
+
+
 def test_a_bug_is_told_without_its_inside(
     client: TestClient, server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
