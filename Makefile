@@ -1,7 +1,8 @@
 # make demo    set up .venv and run a whole federation on this machine
 # make test    set up .venv and run the tests (PYTEST_ARGS="-m 'not e2e and not slow'" for the quick ones)
 # make test-slow  the tests that take minutes: a whole demo, kills at random, every strategy with real devices
-# make check   what CI runs besides the tests: format, lint, types, layers, generated stubs
+# make check   what CI runs besides the tests: format, lint, types, layers, generated stubs, containers' files
+# make compose-test  build the images and run docker-compose.yml with its demo (needs Docker, or podman and root)
 # make screenshots  pictures of every page, light, dark and on a phone, into build/screenshots (needs Chromium)
 # make clean   remove what make made
 
@@ -9,6 +10,7 @@ PYTHON ?= python3
 DEMO_ARGS ?=
 PYTEST_ARGS ?= -m "not slow"
 SCREENSHOT_ARGS ?=
+COMPOSE_TEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,7 +21,7 @@ SOURCES := server client dashboard proto/glora_wire tests
 INSTALL := UV_FIND_LINKS="$${UV_FIND_LINKS:-$$PIP_FIND_LINKS}" $(BIN)/python -m uv pip install --quiet --python $(BIN)/python -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check screenshots clean
+.PHONY: help demo test test-slow check compose-test screenshots clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -40,6 +42,11 @@ check: $(VENV)/.installed-dev
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	tools/generate_stubs.sh --check
+	$(BIN)/hadolint deploy/docker/Dockerfile.* tools/compose_test_images/*/Dockerfile
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+
+compose-test: $(VENV)/.installed-dev
+	$(BIN)/python tools/compose_test.py $(COMPOSE_TEST_ARGS)
 
 screenshots: $(VENV)/.installed-dev
 	$(BIN)/python tools/screenshots.py $(SCREENSHOT_ARGS)
