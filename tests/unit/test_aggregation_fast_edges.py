@@ -110,3 +110,21 @@ def test_both_factorisations_say_the_same() -> None:
     assert float(by_eigenvectors.least[0, 0]) == 0.0
     assert bool((by_eigenvectors.fold[0, 0] == 0).all())
     assert bool((by_eigenvectors.lift[0, 0] == 0).all())
+
+
+@pytest.mark.parametrize("subspace", ["projector", "ridge"])
+def test_a_direction_that_all_share_does_not_hide_the_weak_ones(subspace: str) -> None:
+    """One eigenvalue near 1 and a flat rest of 0.02, which is near bfloat16's rounding and a third of the optimum."""
+    g = torch.Generator().manual_seed(4)
+    common, updates = randn(g, 1536, 1), []
+    for _ in range(128):
+        b = torch.cat([common + 0.05 * randn(g, 1536, 1), randn(g, 1536, 3)], dim=1)
+        a = torch.linalg.qr(randn(g, 64, 4)).Q.mT  # equal singular values, so that ridge weighs all alike
+        updates.append(ClientUpdate(torch.linalg.qr(b).Q.float(), a.float(), 1.0, 1.0))
+    z = torch.cat([u.b.double() for u in updates], dim=1) / 128**0.5
+    eigenvalues = torch.linalg.eigvalsh(z.mT @ z).flip(0)
+    assert float(eigenvalues[0]) > 0.95
+    assert 0.01 < float(eigenvalues[31]) < 0.03
+    found = aggregate("glora", None, updates, rank=32, rule="replace", subspace=subspace, accuracy="fast").state
+    assert found.rank == 32
+    assert float((z.mT @ found.u.double()).square().sum()) >= 0.99 * float(eigenvalues[:32].sum())

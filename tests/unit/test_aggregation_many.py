@@ -67,7 +67,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def close_reports(one: Diagnostics, other: Diagnostics) -> None:
-    assert one.eigenvalues == pytest.approx(other.eigenvalues, rel=1e-2, abs=1e-6)
+    assert one.eigenvalues == pytest.approx(other.eigenvalues, rel=2e-2, abs=1e-6)
     assert one.mean_norm == pytest.approx(other.mean_norm, rel=1e-3)
     assert one.captured_energy == pytest.approx(other.captured_energy, abs=1e-2)
     assert one.coverage == other.coverage

@@ -32,8 +32,9 @@ _REMAINING = 8e-3
 _FASTEST, _FIRST, _SLOWEST = 0.3, 0.5, 0.9
 """Bounds of the factor by which gains are taken to shrink, and what it is before two gains are known."""
 _MOST_STEPS = 12
-_SQUARED_ROUNDING = 1e-6
-_LOW_ROUNDING = 2.0**-8
+_SQUARED_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-8}
+"""Squared size, relative to the largest, below which a direction is dropped: 32 of them are worth 0.3 % in float64."""
+_LOW_ROUNDING = 2.0**-12
 _ROUNDING = 1e-6
 
 
@@ -74,7 +75,8 @@ def leading(
     bounded = subspace in {Subspace.PROJECTOR, Subspace.RIDGE}
     operator: Operator = MeanOperator(groups) if subspace is Subspace.MEAN else VoteOperator(groups, bounded=bounded)
     floor = _LOW_ROUNDING if bounded else _ROUNDING
-    coefficients, values = _Krylov(operator, rank, floor=floor).run(_start(operator, groups, rank, known))
+    start = _start(operator if bounded else None, groups, rank, known)
+    coefficients, values = _Krylov(operator, rank, floor=floor).run(start)
     image, more = operator.finished(coefficients, extra)
     return Span(basis=_orthonormal_image(image), spectrum=values, extra=more)
 
@@ -83,19 +85,22 @@ def _columns(groups: Sequence[Group]) -> int:
     return sum(group.columns for group in groups)
 
 
-def _start(operator: Operator, groups: Sequence[Group], rank: int, known: Sequence[Tensor | None]) -> Tensor:
-    """What is known of each module's space, and K times random columns (M×d×(R + 16)).
+def _start(operator: Operator | None, groups: Sequence[Group], rank: int, known: Sequence[Tensor | None]) -> Tensor:
+    """What is known of each module's space, and random columns, times K where that is given (M×d×(R + 16)).
 
-    Nothing in it depends on a gauge or on the order of the devices.
+    Nothing in it depends on a gauge or on the order of the devices. Energies range so far that K would leave nothing
+    of the weaker directions in its image.
     """
     sizes = groups[0].devices.shape
     held = min(rank, *(0 if u is None else u.shape[1] for u in known))
     # Drawn on the CPU whatever the device, so that every machine starts from the same columns.
     drawn = torch.randn((sizes.d, rank + _OVERSAMPLING - held), generator=torch.Generator().manual_seed(0))
-    mixed, _ = operator.apply(drawn.to(groups[0].vote.device).expand(sizes.modules, -1, -1))
+    mixed = drawn.to(groups[0].vote.device).expand(sizes.modules, -1, -1)
+    if operator is not None:
+        mixed, _ = operator.apply(mixed)
     if not held:
         return mixed
-    # K shrinks columns, and what orthonormalisation drops is relative to the largest one.
+    # What orthonormalisation drops is relative to the largest column.
     mixed = mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True).clamp(min=torch.finfo(mixed.dtype).tiny)
     return torch.cat([torch.stack([u[:, :held].float() for u in known if u is not None]), mixed], dim=2)
 
@@ -110,7 +115,8 @@ class _Krylov:
 
     def run(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """The operator's coefficients of the Ritz vectors (M×…×R), and the falling Ritz values, R + 1 of them."""
-        blocks, answers = [orthonormal(start)], []
+        # In float64: one direction that all devices share may be a thousand times as strong as those that follow.
+        blocks, answers = [orthonormal(start.double())], []
         core = start.new_zeros((start.shape[0], 0, 0))
         converged, width = _Convergence(self._rank), start.shape[2]
         while True:
@@ -118,11 +124,12 @@ class _Krylov:
             answers.append(answer)
             inside = [block.mT @ image for block in blocks]
             core = _bordered(core, torch.cat(inside, dim=1))
-            values, vectors = torch.linalg.eigh(core)
+            # In float64: LAPACK's float32 version has returned NaN for cores of low rank.
+            values, vectors = torch.linalg.eigh(core.double())
             values, vectors = values.flip(1).clamp(min=0), vectors.flip(2)
             rest = _minus(image, blocks, inside)
             coupled = vectors[:, -width:, : self._rank]
-            if converged(values.double(), _lengths(rest, coupled)) or (len(blocks) + 1) * width > start.shape[1]:
+            if converged(values, _lengths(rest, coupled)) or (len(blocks) + 1) * width > start.shape[1]:
                 break
             block = orthonormal(rest, floor=self._floor * values[:, 0])
             if self._floor < _LOW_ROUNDING:
@@ -131,9 +138,9 @@ class _Krylov:
             if not bool(block.any()):
                 break
             blocks.append(block)
-        turn = vectors[..., : self._rank].split(width, dim=1)
+        turn = vectors[..., : self._rank].float().split(width, dim=1)
         coefficients = torch.stack([answer @ part for answer, part in zip(answers, turn, strict=True)]).sum(dim=0)
-        return coefficients, values[:, : self._rank + 1].double()
+        return coefficients, values[:, : self._rank + 1]
 
 
 def _minus(columns: Tensor, blocks: Sequence[Tensor], inside: Sequence[Tensor]) -> Tensor:
@@ -145,8 +152,8 @@ def _minus(columns: Tensor, blocks: Sequence[Tensor], inside: Sequence[Tensor]) 
 
 def _lengths(rest: Tensor, coupled: Tensor) -> Tensor:
     """‖rest·coupled‖ of each column (M×R), from the Gram matrix of `rest`."""
-    gram, wide = (rest.mT @ rest).double(), coupled.double()
-    return (wide * (gram @ wide)).sum(dim=1).clamp(min=0).sqrt()
+    gram = (rest.mT @ rest).double()
+    return (coupled * (gram @ coupled)).sum(dim=1).clamp(min=0).sqrt()
 
 
 class _Convergence:
@@ -195,15 +202,17 @@ def _bordered(core: Tensor, last: Tensor) -> Tensor:
 def orthonormal(columns: Tensor, *, floor: Tensor | None = None) -> Tensor:
     """Orthonormal basis (float32) of the directions of `columns` (M×d×k) above `floor` (M) and above rounding.
 
-    By Gram matrices, twice, so that the second one is well-conditioned. Other directions leave zero columns, first.
+    By Gram matrices, twice, so that the second one is well-conditioned; the first one in the dtype of `columns`. Other
+    directions leave zero columns, first.
     """
-    for step in range(2):
-        values, vectors = torch.linalg.eigh((columns.mT @ columns).double())
-        least = _SQUARED_ROUNDING * values[:, -1:]
-        if step == 0 and floor is not None:
-            least = torch.maximum(least, floor.double().square()[:, None])
-        columns = columns @ _inverse_roots(values, vectors, least).float()
-    return columns
+    values, vectors = torch.linalg.eigh((columns.mT @ columns).double())
+    least = _SQUARED_ROUNDING[columns.dtype] * values[:, -1:]
+    if floor is not None:
+        least = torch.maximum(least, floor.square()[:, None])
+    once = (columns @ _inverse_roots(values, vectors, least).to(columns.dtype)).float()
+    values, vectors = torch.linalg.eigh((once.mT @ once).double())
+    twice: Tensor = once @ _inverse_roots(values, vectors, _SQUARED_ROUNDING[once.dtype] * values[:, -1:]).float()
+    return twice
 
 
 def _inverse_roots(values: Tensor, vectors: Tensor, least: Tensor) -> Tensor:
