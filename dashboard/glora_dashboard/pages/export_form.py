@@ -58,7 +58,7 @@ class ExportForm:
     async def choose(self, number: int) -> None:
         """Export that version."""
         self._version.value = number
-        self._button.run_method("focus")
+        ui.run_javascript(f"getHtmlElement({self._button.id}).focus()")
 
     async def _look(self) -> None:
         """Find out how good the version is that is chosen now."""
