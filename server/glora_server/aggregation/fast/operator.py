@@ -2,8 +2,8 @@ r"""K, or MMᵀ, applied to a few columns without being formed.
 
 `VoteOperator`: :math:`Ky = \sum_i [U_T\,E_i]\,C_i\,[U_T\,E_i]^\top y`, C_i the devices' cores. In reduced precision
 (the E_i and y in bfloat16, sums in float32) it costs 2^-9 of the votes and no more, however the uploads were
-factored, for the E_i are well-conditioned. `finished` takes coefficients found so back
-through the uploads in float32: what it returns has nothing outside of the space that devices span.
+factored, for the E_i are well-conditioned. `finished` takes coefficients found so back through the uploads in
+float32: what it returns has nothing outside of the space that devices span.
 `MeanOperator`: :math:`MM^\top y`, M = Σp_iX_i, from the factors in float32.
 Cost 4·d·Σr per column, for the mean 4(d + n)·Σr.
 """
