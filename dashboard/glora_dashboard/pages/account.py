@@ -8,7 +8,7 @@ from typing import Final
 from markupsafe import Markup
 from nicegui import ui
 
-from glora_dashboard.pages.forms import Trouble, choice_field, on_rows, show_secret, text_field
+from glora_dashboard.pages.forms import Trouble, choice_field, on_rows, show_secret, text_field, text_of
 from glora_dashboard.pages.frame import frame, page
 from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.pager import Pager
@@ -71,7 +71,7 @@ class _Password:
             return
 
         async def change(who: Principal) -> None:
-            await self._site.access.change_password(who, self._current.value, self._new.value)
+            await self._site.access.change_password(who, text_of(self._current), text_of(self._new))
 
         refused = await self._site.act(
             Role.VIEWER, change, done="The password is changed. Sign in again.", show_refusal=False
@@ -121,7 +121,7 @@ class _Tokens:
                 async def make(who: Principal) -> None:
                     seconds = float(ends.value) if ends.value else None
                     _, text = await self._site.access.create_api_token(
-                        who, name=name.value, role=Role(role.value), ttl_seconds=seconds
+                        who, name=text_of(name), role=Role(role.value), ttl_seconds=seconds
                     )
                     made.append(text)
 

@@ -116,17 +116,17 @@ def _two(value: float | None) -> str:
 
 def devices_table(lines: tuple[DeviceLine, ...], *, operator: bool) -> Markup:
     """A part of the list of devices; operators can approve those that wait."""
-    waiting = operator and any(line.device.device.state is DeviceState.PENDING for line in lines)
-    head = (*_HEAD, "") if waiting else _HEAD
-    return wide_table(head, (_row(line, waiting=waiting) for line in lines), label="Devices")
+    return wide_table(_HEAD, (_row(line, operator=operator) for line in lines), label="Devices")
 
 
-def _row(line: DeviceLine, *, waiting: bool) -> Sequence[str | Markup]:
+def _row(line: DeviceLine, *, operator: bool) -> Sequence[str | Markup]:
     view, device = line.device, line.device.device
     platform = Markup("<small>{}</small>").format(device.profile.platform) if device.profile.platform else ""
-    cells: list[str | Markup] = [
+    approve = row_button("Approve", "approve", device.name, kind="primary", label=f"Approve {device.name}")
+    waits = operator and device.state is DeviceState.PENDING
+    return (
         Markup("<b>{}</b>{}").format(anchor(device.name, f"/devices/{device.name}"), platform),
-        presence(view),
+        Markup('<span class="state">{}{}</span>').format(presence(view), approve) if waits else presence(view),
         rank(view),
         abilities(device.profile),
         tags(device.tags),
@@ -134,12 +134,7 @@ def _row(line: DeviceLine, *, waiting: bool) -> Sequence[str | Markup]:
         Markup('<span class="nowrap">{}</span>').format(fmt.moment(device.last_seen_at)),
         reliability(line.reliability),
         agreement(line.agreement),
-    ]
-    if waiting:
-        pending = device.state is DeviceState.PENDING
-        label = f"Approve {device.name}"
-        cells.append(row_button("Approve", "approve", device.name, kind="primary", label=label) if pending else "")
-    return cells
+    )
 
 
 def device_facts(view: DeviceView) -> Markup:

@@ -11,7 +11,16 @@ from nicegui import context, ui
 from nicegui.element import Element
 
 from glora_dashboard.pages import format as fmt
-from glora_dashboard.pages.forms import Trouble, choice_field, copyable, number_field, tags_of, text_field, whole
+from glora_dashboard.pages.forms import (
+    Trouble,
+    choice_field,
+    copyable,
+    number_field,
+    tags_of,
+    text_field,
+    text_of,
+    whole,
+)
 from glora_dashboard.pages.parts import Block, button
 from glora_dashboard.pages.site import Site
 from glora_server.coordinator.model import TokenRecord
@@ -53,11 +62,11 @@ class TokenForm:
             made.append(
                 await self._site.commands.create_token(
                     who,
-                    description=self._what.value.strip(),
+                    description=text_of(self._what).strip(),
                     uses=uses,
                     ttl_seconds=float(self._ends.value),
                     max_rank=rank,
-                    tags=tags_of(self._tags.value),
+                    tags=tags_of(text_of(self._tags)),
                     approve=not self._hold.value,
                 )
             )
@@ -85,7 +94,7 @@ class TokenForm:
         self._result.set_visibility(True)
 
     def _server(self) -> str:
-        host = self._host.value.strip() or _own_host()
+        host = text_of(self._host).strip() or _own_host()
         has_port = host.rpartition(":")[2].isdecimal() and (host.count(":") == 1 or "]:" in host)
         if has_port:
             return host

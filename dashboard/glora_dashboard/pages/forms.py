@@ -95,6 +95,11 @@ def text_field(label: str, value: str = "", *, hint: str = "", password: bool = 
     return field
 
 
+def text_of(field: ui.input) -> str:
+    """What stands in a field; empty where it was cleared."""
+    return field.value or ""
+
+
 def number_field(label: str, value: float | None, *, hint: str = "", least: float = 0, whole: bool = True) -> ui.number:
     """A number."""
     field = ui.number(label, value=value, min=least, step=1 if whole else None).props("outlined").classes("wide")
@@ -146,7 +151,7 @@ def _only_when_same(typed: ui.input, name: str, go_on: Element) -> None:
     go_on.props["disabled"] = True
 
     def compare() -> None:
-        go_on.props["disabled"] = typed.value.strip() != name
+        go_on.props["disabled"] = text_of(typed).strip() != name
         go_on.update()
 
     typed.on_value_change(compare)

@@ -8,7 +8,7 @@ from typing import Final
 
 from nicegui import ui
 
-from glora_dashboard.pages.forms import Trouble, choice_field, confirm, on_rows, show_secret, text_field
+from glora_dashboard.pages.forms import Trouble, choice_field, confirm, on_rows, show_secret, text_field, text_of
 from glora_dashboard.pages.frame import frame, page
 from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.pager import Pager
@@ -91,7 +91,7 @@ class _Users:
                 given = text_field("Password", password=True, hint="Left empty, one is made up and shown once.")
 
             async def create() -> None:
-                who, password = name.value.strip(), given.value or made_up_password()
+                who, password = text_of(name).strip(), given.value or made_up_password()
                 refused = await self._do(
                     lambda admin: self._site.access.create_user(admin, who, Role(role.value), password),
                     f"{who} may sign in.",
