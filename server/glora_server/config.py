@@ -7,6 +7,7 @@ here rather than by a library, so that an error can say which one a value came f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
@@ -125,8 +126,10 @@ def _config_path(config: Path | None, data_dir: Path) -> Path | None:
     if config is not None:
         return config
     for candidate in (data_dir.expanduser() / CONFIG_NAME, Path(CONFIG_NAME)):
-        if candidate.is_file():
-            return candidate
+        # Where this user may not even look, using the data folder says what is wrong.
+        with contextlib.suppress(PermissionError):
+            if candidate.is_file():
+                return candidate
     return None
 
 
