@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Final
+from typing import Final, Protocol
 
 from fastapi import APIRouter
 from starlette.responses import StreamingResponse
@@ -12,7 +12,7 @@ from glora_dashboard.bodies import AuditQuery
 from glora_dashboard.models import AuditAnswer
 from glora_dashboard.permission import least
 from glora_dashboard.ports import Queries
-from glora_server.coordinator.model import Page
+from glora_server.coordinator.model import AuditEntry, Listing, Page
 from glora_server.coordinator.people import Role
 from glora_server.coordinator.views_history import AuditFilter
 
@@ -32,12 +32,20 @@ def audit_routes(queries: Queries) -> APIRouter:
     async def export_audit(wanted: AuditQuery) -> StreamingResponse:
         """The rows as a JSON array, newest first; the same query as /audit, without pages."""
         headers = {"Content-Disposition": 'attachment; filename="glora-audit.json"', "Cache-Control": "no-store"}
-        return StreamingResponse(_written(queries, wanted), media_type="application/json", headers=headers)
+        return StreamingResponse(written_audit(queries, wanted), media_type="application/json", headers=headers)
 
     return routes
 
 
-async def _written(queries: Queries, wanted: AuditFilter) -> AsyncIterator[bytes]:
+class AuditQueries(Protocol):
+    """What is asked for the file."""
+
+    async def audit(self, page: Page, wanted: AuditFilter = ...) -> Listing[AuditEntry]:
+        """Who did what, newest first."""
+        ...
+
+
+async def written_audit(queries: AuditQueries, wanted: AuditFilter) -> AsyncIterator[bytes]:
     """The array in parts; never holds more rows than one part of the list."""
     token, before = "", b"[\n"
     while True:

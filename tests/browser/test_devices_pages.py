@@ -7,7 +7,7 @@ import re
 from federation import Federation
 from live_site import RUN
 from playwright.sync_api import Locator, Page, expect
-from visitor import Visitor
+from visitor import Visitor, until_live
 
 from glora_server.coordinator.people import Role
 
@@ -106,6 +106,34 @@ def test_suspending_re_ranking_and_revoking(site: Federation, visit: Visitor) ->
     revoke.click()
     expect(page.locator(".head-title")).to_contain_text("revoked")
     expect(page.get_by_role("group", name="Actions").get_by_role("button")).to_have_count(0)
+
+
+def test_a_device_is_revoked_with_the_keyboard_alone(site: Federation, visit: Visitor) -> None:
+    site.join("typed-away", 4)
+    page = visit(site, "/devices?text=typed-away")
+    link = page.get_by_role("link", name="typed-away")
+    expect(link).to_be_visible()
+    page.get_by_label("Order", exact=True).focus()
+    for _ in range(10):
+        page.keyboard.press("Tab")
+        if link.evaluate("node => node === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    revoke = page.get_by_role("group", name="Actions").get_by_role("button", name="Revoke")
+    expect(revoke).to_be_visible()
+    until_live(page)
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if revoke.evaluate("node => node === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog").get_by_label("Name of the device")).to_be_focused()
+    page.keyboard.type("typed-away")
+    expect(page.get_by_role("button", name="Revoke the device")).to_be_enabled()
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.locator(".head-title")).to_contain_text("revoked")
 
 
 def test_a_device_that_is_not_there_is_said_so(site: Federation, visit: Visitor) -> None:
