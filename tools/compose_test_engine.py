@@ -64,19 +64,19 @@ class Engine:
         """Whether images are built and run without a daemon."""
         return self.program == "podman"
 
-    def run(self, *arguments: str, check: bool = True, quiet: bool = False, within: float = 600.0) -> str:
+    def run(self, *arguments: str, check: bool = True, within: float = 600.0) -> str:
         """What the engine answered to a command; raises TestFailedError with what it complained about."""
-        return self._call((self.program, *arguments), check=check, quiet=quiet, within=within)
+        return self._call((self.program, *arguments), check=check, within=within)
 
     def compose(self, *arguments: str, variables: Mapping[str, str], check: bool = True, within: float = 600.0) -> str:
         """What the compose command answered, with the file of this repository; raises TestFailedError."""
         command = (*self.compose_command, "--project-name", PROJECT, "--profile", "demo", *arguments)
-        return self._call(command, check=check, quiet=True, within=within, variables=variables)
+        return self._call(command, check=check, within=within, variables=variables)
 
     def build(
         self, tag: str, dockerfile: Path, context: Path, *, target: str = "", arguments: Mapping[str, str] = {}
     ) -> None:
-        """Build an image; what the build says goes to the terminal."""
+        """Build an image; raises TestFailedError with the end of what the build said."""
         command = [self.program, "build", "--tag", tag, "--file", str(dockerfile)]
         command += ["--target", target] if target else []
         for name, value in arguments.items():
@@ -84,11 +84,11 @@ class Engine:
         if self.is_podman:
             # Health checks are Docker's format; the host's network reaches what the host reaches.
             command += ["--format", "docker", "--network", "host", *self._build_mounts(arguments)]
-        self._call((*command, str(context)), check=True, quiet=False, within=3600.0)
+        self._call((*command, str(context)), check=True, within=3600.0)
 
     def has_image(self, tag: str) -> bool:
         """Whether an image is on this machine."""
-        return bool(self.run("images", "--quiet", tag, quiet=True).strip())
+        return bool(self.run("images", "--quiet", tag).strip())
 
     def pull(self, tag: str) -> bool:
         """Fetch an image from its registry; whether that worked."""
@@ -144,18 +144,16 @@ class Engine:
         command: Sequence[str],
         *,
         check: bool,
-        quiet: bool,
         within: float,
         variables: Mapping[str, str] = {},
     ) -> str:
-        """Run a command; unless `quiet` what it writes to stderr is shown."""
+        """What a command wrote to stdout; raises TestFailedError when it fails (`check`) or takes too long."""
         try:
             done = subprocess.run(
                 command,
                 cwd=ROOT,
                 env={**self.environment, **variables},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE if quiet or check else subprocess.DEVNULL,
+                capture_output=True,
                 check=False,
                 text=True,
                 timeout=within,
@@ -163,7 +161,7 @@ class Engine:
         except subprocess.TimeoutExpired:
             raise TestFailedError(f"`{' '.join(command)}` took longer than {within:.0f} s.") from None
         if check and done.returncode != 0:
-            said = "\n".join((done.stdout + (done.stderr or "")).splitlines()[-40:])
+            said = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
             raise TestFailedError(f"`{' '.join(command)}` ended with {done.returncode}:\n{said}")
         return done.stdout
 

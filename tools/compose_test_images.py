@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -19,10 +20,10 @@ SERVER: Final = "localhost/glora-compose-test-server"
 CLIENT: Final = "localhost/glora-compose-test-client"
 DEMO: Final = "localhost/glora-compose-test-demo"
 STAND_IN_LABEL: Final = "org.glora.stand-in"
-_STAND_INS: Final = ROOT / "tools" / "compose_test_images"
+_FOLDER: Final = ROOT / "tools" / "compose_test_images"
 _DEBIAN: Final = "http://deb.debian.org/debian"
 _PACKAGES: Final = "python3,python3-venv,python3-pip,ca-certificates"
-_NOT_STOOD_IN: Final = {
+_STAND_INS_ARE: Final = {
     "postgres": "Debian's PostgreSQL behind the same variables",
     "prometheus": "Debian's Prometheus in the same places",
     "grafana": "NOT Grafana: it looks at the mounted files and answers /api/health, no panel is drawn",
@@ -37,20 +38,23 @@ class Images:
     say: Callable[[str], None]
     made: list[str]
 
-    def prepare(self) -> dict[str, str]:
+    def prepare(self, *, build: bool) -> dict[str, str]:
         """Have every image of the composition; the variables by which docker-compose.yml finds ours."""
         python = _default_of("PYTHON_IMAGE", ROOT / "deploy" / "docker" / "Dockerfile.server")
         self._have(python, self._bootstrap)
-        self._build_ours(python)
+        if build:
+            self._build_ours(python)
+        else:
+            self.made += [SERVER, CLIENT, DEMO]
         for service in ("postgres", "prometheus", "grafana"):
             tag = _image_of(service)
-            self._have(tag, lambda wanted, name=service: self._stand_in(name, wanted, python))
+            self._have(tag, functools.partial(self._stand_in, service, python))
         return {"GLORA_SERVER_IMAGE": SERVER, "GLORA_CLIENT_IMAGE": CLIENT, "GLORA_DEMO_IMAGE": DEMO}
 
     def remove(self) -> None:
         """Remove what was made here, but for the base of all."""
         for tag in reversed(self.made):
-            self.engine.run("rmi", "--force", tag, check=False, quiet=True)
+            self.engine.run("rmi", "--force", tag, check=False)
 
     def _have(self, tag: str, make: Callable[[str], None]) -> None:
         """Take the image that is here, the registry's, or make a stand-in for it."""
@@ -76,9 +80,9 @@ class Images:
             changes = ("--change", "CMD python3", "--change", f"LABEL {STAND_IN_LABEL}=true")
             self.engine.run("import", *changes, str(archive), tag)
 
-    def _stand_in(self, service: str, tag: str, python: str) -> None:
-        folder = _STAND_INS / service
-        self.say(f"{tag} cannot be pulled: building a stand-in ({_NOT_STOOD_IN[service]})")
+    def _stand_in(self, service: str, python: str, tag: str) -> None:
+        folder = _FOLDER / service
+        self.say(f"{tag} cannot be pulled: building a stand-in ({_STAND_INS_ARE[service]})")
         self.engine.build(tag, folder / "Dockerfile", folder, arguments={"PYTHON_IMAGE": python})
         self.made.append(tag)
 

@@ -58,13 +58,16 @@ class Site:
     def run(self, token: str) -> Mapping[str, Any] | None:
         """The demo's run as the API shows it; None while it is not there or nobody answers."""
         try:
-            return json.loads(fetch(f"http://127.0.0.1:{self.http}/api/v1/runs/{RUN}", token))
+            run: Mapping[str, Any] = json.loads(fetch(f"http://127.0.0.1:{self.http}/api/v1/runs/{RUN}", token))
         except (OSError, HTTPException):
             return None
+        return run
 
     def rounds(self, token: str) -> list[Mapping[str, Any]]:
         """Every attempt at a round, with the number of updates that were accepted."""
-        return json.loads(fetch(f"http://127.0.0.1:{self.http}/api/v1/runs/{RUN}/rounds", token))["items"]
+        answer = json.loads(fetch(f"http://127.0.0.1:{self.http}/api/v1/runs/{RUN}/rounds", token))
+        rounds: list[Mapping[str, Any]] = answer["items"]
+        return rounds
 
     def login_page(self) -> str:
         """Where a browser lands that asks for the front page."""
@@ -94,14 +97,14 @@ def fetch(url: str, token: str = "") -> str:
     """The body of an answer; raises OSError for anything but success."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     with urllib.request.urlopen(request, timeout=30) as answer:
-        return answer.read().decode()
+        return str(answer.read(), "utf-8")
 
 
 def status(url: str) -> int:
     """The status of an answer; 0 when there is none."""
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status
+            return int(answer.status)
     except urllib.error.HTTPError as error:
         return error.code
     except (OSError, HTTPException):
