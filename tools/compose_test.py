@@ -234,7 +234,7 @@ def _main(say_to: Callable[[str], None]) -> int:
     try:
         engine = Engine.find()
         say_to(f"with {engine.program}")
-        images = Images(engine=engine, say=say_to, made=[])
+        images = Images.of(engine, say_to)
         try:
             variables = images.prepare(build=not options.no_build)
         except BaseException:

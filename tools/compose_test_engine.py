@@ -90,6 +90,10 @@ class Engine:
         """Whether an image is on this machine."""
         return bool(self.run("images", "--quiet", tag).strip())
 
+    def image_ids(self, *tag: str) -> frozenset[str]:
+        """Ids of all images here, those without a name included; or of one."""
+        return frozenset(self.run("images", "--all", "--quiet", "--no-trunc", *tag).split())
+
     def pull(self, tag: str) -> bool:
         """Fetch an image from its registry; whether that worked."""
         command = (self.program, "pull", "--quiet", tag)

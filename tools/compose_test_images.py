@@ -9,7 +9,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -36,31 +36,46 @@ class Images:
 
     engine: Engine
     say: Callable[[str], None]
+    before: frozenset[str]
+    """Ids of the images that were there."""
     made: list[str]
+
+    @classmethod
+    def of(cls, engine: Engine, say: Callable[[str], None]) -> Images:
+        """Nothing is made yet."""
+        return cls(engine=engine, say=say, before=engine.image_ids(), made=[])
 
     def prepare(self, *, build: bool) -> dict[str, str]:
         """Have every image of the composition; the variables by which docker-compose.yml finds ours."""
-        python = _default_of("PYTHON_IMAGE", ROOT / "deploy" / "docker" / "Dockerfile.server")
+        python = _python_tag()
         self._have(python, self._bootstrap)
         if build:
             self._build_ours(python)
         else:
-            self.made += [SERVER, CLIENT, DEMO]
+            self.made.extend((SERVER, CLIENT, DEMO))
         for service in ("postgres", "prometheus", "grafana"):
             tag = _image_of(service)
             self._have(tag, functools.partial(self._stand_in, service, python))
         return {"GLORA_SERVER_IMAGE": SERVER, "GLORA_CLIENT_IMAGE": CLIENT, "GLORA_DEMO_IMAGE": DEMO}
 
     def remove(self) -> None:
-        """Remove what was made here, but for the base of all."""
+        """Remove what was made here, layers that a next build would use included, but for the base of all."""
         for tag in reversed(self.made):
             self.engine.run("rmi", "--force", tag, check=False)
+        if self.engine.is_podman:
+            left = self.engine.image_ids() - self.before - self.engine.image_ids(_python_tag())
+            while left:
+                self.engine.run("rmi", *left, check=False)  # those that others are made of refuse, until these are gone
+                still = self.engine.image_ids() & left
+                left = still if still < left else frozenset()
 
     def _have(self, tag: str, make: Callable[[str], None]) -> None:
         """Take the image that is here, the registry's, or make a stand-in for it."""
         if not self.engine.has_image(tag) and not self.engine.pull(tag):
             make(tag)
         if STAND_IN_LABEL in self.engine.labels(tag):
+            if tag != _python_tag() and tag not in self.made:
+                self.made.append(tag)
             self.say(f"STAND-IN for {tag}, as no registry answers")
 
     def _bootstrap(self, tag: str) -> None:
@@ -84,7 +99,6 @@ class Images:
         folder = _FOLDER / service
         self.say(f"{tag} cannot be pulled: building a stand-in ({_STAND_INS_ARE[service]})")
         self.engine.build(tag, folder / "Dockerfile", folder, arguments={"PYTHON_IMAGE": python})
-        self.made.append(tag)
 
     def _build_ours(self, python: str) -> None:
         arguments = {"PYTHON_IMAGE": python, **_pip_arguments(self.engine), "REVISION": _revision()}
@@ -115,22 +129,20 @@ def _revision() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _default_of(argument: str, dockerfile: Path) -> str:
-    found = re.search(rf"^ARG {argument}=(\S+)$", dockerfile.read_text(encoding="utf-8"), re.MULTILINE)
+def _python_tag() -> str:
+    """The image that ours are made of."""
+    text = (ROOT / "deploy" / "docker" / "Dockerfile.server").read_text(encoding="utf-8")
+    found = re.search(r"^ARG PYTHON_IMAGE=(\S+)$", text, re.MULTILINE)
     if found is None:
-        raise TestFailedError(f"{dockerfile.name} has no ARG {argument} with a default.")
+        raise TestFailedError("Dockerfile.server has no ARG PYTHON_IMAGE with a default.")
     return found[1]
 
 
 def _image_of(service: str) -> str:
     """The image of a service that is not ours, as docker-compose.yml or the environment has it."""
     variable = f"{service.upper()}_IMAGE"
-    for line in _compose_lines():
-        found = re.search(rf"\$\{{{variable}:-(\S+)\}}", line)
-        if found is not None:
-            return os.environ.get(variable, found[1])
+    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    found = re.search(rf"\$\{{{variable}:-(\S+)\}}", text)
+    if found is not None:
+        return os.environ.get(variable, found[1])
     raise TestFailedError(f"docker-compose.yml names no ${{{variable}}}.")
-
-
-def _compose_lines() -> Iterator[str]:
-    yield from (ROOT / "docker-compose.yml").read_text(encoding="utf-8").splitlines()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -32,8 +33,9 @@ def _titles() -> list[str]:
 
 
 def _main() -> None:
-    if not Path(os.environ["GF_SECURITY_ADMIN_PASSWORD__FILE"]).read_text(encoding="utf-8").strip():
-        sys.exit("The password is empty.")
+    password = re.fullmatch(r"\$__file\{(.+)\}", os.environ["GF_SECURITY_ADMIN_PASSWORD"])
+    if password is None or not Path(password[1]).read_text(encoding="utf-8").strip():
+        sys.exit("The password is not in a file, or empty.")
     provider = (PROVISIONING / "dashboards" / "glora.yml").read_text(encoding="utf-8")
     if f"path: {DASHBOARDS}" not in provider or not _titles():
         sys.exit(f"There are no dashboards in {DASHBOARDS}, or nothing that provisions them.")
