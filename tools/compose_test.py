@@ -2,9 +2,10 @@
 
     make compose-test          or: python tools/compose_test.py [--keep] [--no-build]
 
-On the way the server is killed in the middle of a round, the composition is taken down and brought up again, and a
-database that is too new is shown to the server. It needs Docker, or podman; where no registry answers, images of others
-are stood in for, and the output says so. Exit status: 0 all is well, 1 it is not, 3 there is nothing to run it with.
+On the way the server is killed in the middle of a round, the composition is taken down and brought up again, and the
+server is shown a database that is too old and one that is too new. It needs Docker, or podman; where no registry
+answers, images of others are stood in for, and the output says so. Exit status: 0 all is well, 1 it is not, 3 there is
+nothing to run it with.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ _SERVICES: Final = (
     *("secrets", "postgres", "server", "scrape-token", "prometheus", "grafana"),
     *("demo-operator", "device-2", "device-4", "device-8"),
 )
+_DOWNGRADE: Final = """\
+from glora_server.config import Settings
+from glora_server.storage import database, migrate
+with database.connect(Settings.load().database_url).writer.begin() as connection:
+    migrate.downgrade(connection, "-1")
+"""
 _STARTED: Final = time.monotonic()
 
 
@@ -64,6 +71,7 @@ class ComposeTest:
         self._finish_run()
         self._check_prometheus()
         self._check_grafana()
+        self._show_older_database()
         self._show_newer_database()
 
     def down(self, *, volumes: bool) -> None:
@@ -90,8 +98,12 @@ class ComposeTest:
         for service in ("server", "device-2"):
             user = self.engine.execute(service, "id", "-u").strip()
             _demand(user == "10001", f"{service} runs as the user {user}, not as 10001")
-            written = self.engine.execute(service, "sh", "-c", "touch /opt/x 2>/dev/null && echo written", check=False)
-            _demand("written" not in written, f"the root file system of {service} can be written to")
+            # Root without capabilities may still write what is root's, unless the file system may only be read.
+            trial = ("exec", "--user", "0", self.engine.container(service), "sh", "-c", "touch /opt/x && echo written")
+            _demand(
+                "written" not in self.engine.run(*trial, check=False),
+                f"the root file system of {service} can be written to",
+            )
         system = self.engine.execute("server", "glora", "db", "current")
         _demand(system.startswith("postgresql"), f"the server does not use PostgreSQL: {system}")
         page = self.site.login_page()
@@ -158,6 +170,16 @@ class ComposeTest:
     def _check_grafana(self) -> None:
         wait_for("Grafana answers", lambda: '"ok"' in self.site.grafana_health().replace(" ", ""), 2 * _MINUTES)
         say(f"Grafana: {' '.join(self.site.grafana_health().split())}")
+
+    def _show_older_database(self) -> None:
+        """A server must bring a database up to date that the version before it has left."""
+        self.engine.execute("server", "python", "-c", _DOWNGRADE)
+        before = self._sql("SELECT version_num FROM alembic_version").strip()
+        self._kill("server")
+        wait_for("the server has brought the database up to date", self.site.is_ready, 3 * _MINUTES)
+        after = self._sql("SELECT version_num FROM alembic_version").strip()
+        _demand(after != before and self._is_complete(), f"the schema is {after} after {before}, or the run is gone")
+        say(f"a database of the version before ({before}) was brought up to date ({after})")
 
     def _show_newer_database(self) -> None:
         """A server must refuse a database that a newer one has written, and say so."""

@@ -127,9 +127,9 @@ class Engine:
         )
         return done.stdout
 
-    def execute(self, service: str, *command: str, check: bool = True) -> str:
+    def execute(self, service: str, *command: str) -> str:
         """What a command inside a service's container answered."""
-        return self.run("exec", self.container(service), *command, check=check)
+        return self.run("exec", self.container(service), *command)
 
     def labels(self, tag: str) -> dict[str, str]:
         """The labels of an image."""
