@@ -30,7 +30,7 @@ PageQuery = Annotated[Page, Depends(_page)]
 
 def _devices(
     state: Annotated[
-        DeviceState | None, Query(description="Only devices in this state; revoked ones are not listed.")
+        DeviceState | None, Query(description="Only devices in this state. Without it, all but the revoked ones.")
     ] = None,
     tag: Annotated[str, Query(max_length=64, description="Only devices with this tag.")] = "",
     text: Annotated[str, Query(max_length=128, description="Part of the name, the id or the platform.")] = "",

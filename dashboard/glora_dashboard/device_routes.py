@@ -19,7 +19,7 @@ def device_routes(commands: Commands, queries: Queries) -> APIRouter:
 
     @routes.get("", dependencies=[least(Role.VIEWER)])
     async def list_devices(page: PageQuery, wanted: DevicesQuery) -> PageAnswer[DeviceAnswer]:
-        """Devices that are not revoked, in the order that is asked for."""
+        """Devices in the order that is asked for; the revoked ones only with state=revoked."""
         listing = await queries.devices(page, wanted)
         return PageAnswer(items=[DeviceAnswer.of(view) for view in listing.items], next_page_token=listing.next_token)
 

@@ -15,7 +15,8 @@ from people_cases import ADMIN, EVE
 from tiny_numerics import read_tensors
 
 from glora_server.coordinator.exports import Flavour
-from glora_server.coordinator.model import Page
+from glora_server.coordinator.model import DeviceState, Page
+from glora_server.coordinator.views_history import DeviceFilter
 from glora_server.rounds.assignment import AssignmentPhase
 from glora_server.rounds.round import DeadlinePassed, RoundPhase
 from glora_server.rounds.run import RunPhase
@@ -43,6 +44,30 @@ async def test_a_revoked_device_is_out_at_once(world: World) -> None:
     await world.until(run.id, lambda uow: uow.runs.get(run.id).phase is RunPhase.COMPLETED)
     with pytest.raises(GloraError, match="revoked for good"):
         await world.now.commands.approve_device(ADMIN, "a")
+
+
+async def test_revoked_devices_are_listed_only_where_they_are_asked_for(world: World) -> None:
+    for name in ("a", "b"):
+        await world.phone(name)
+    await world.now.commands.revoke_device(ADMIN, "a")
+
+    async def names(state: DeviceState | None) -> list[str]:
+        wanted = DeviceFilter(state=state)
+        views = (await world.now.queries.devices(Page(), wanted)).items
+        lines = (await world.now.queries.device_lines(Page(), wanted)).items
+        assert [line.device.device.name for line in lines] == [view.device.name for view in views]
+        return [view.device.name for view in views]
+
+    assert await names(None) == ["b"]
+    assert await names(DeviceState.APPROVED) == ["b"]
+    assert await names(DeviceState.REVOKED) == ["a"]
+
+
+async def test_a_run_cannot_have_the_name_of_a_page(world: World) -> None:
+    with pytest.raises(GloraError, match="cannot be named 'new'") as caught:
+        await world.now.commands.create_run(ADMIN, spec("new"), MANIFEST, start=False)
+    assert caught.value.reason is Reason.SPEC_INVALID
+    assert not (await world.now.queries.runs(Page())).items
 
 
 async def test_an_open_question_of_a_revoked_device_ends_with_the_reason(world: World) -> None:

@@ -27,10 +27,11 @@ _MOST_AT_ONCE: Final = 1000
 _NAMED: Final = 12
 _ANY: Final = "any"
 _STATES: Final = {
-    _ANY: "any state",
+    _ANY: "all but revoked",
     DeviceState.APPROVED.value: "approved",
     DeviceState.PENDING.value: "waiting for approval",
     DeviceState.SUSPENDED.value: "suspended",
+    DeviceState.REVOKED.value: "revoked",
 }
 _PRESENCE: Final = {_ANY: "online or away", "yes": "online", "no": "away"}
 _ORDERS: Final = {
@@ -51,10 +52,10 @@ async def devices_page(
     online: str = _ANY,
     order: str = DeviceOrder.NAME.value,
 ) -> None:
-    """Every device that is not revoked, in parts."""
+    """The devices, in parts; the revoked ones where their state is picked."""
     counts = await site.queries.device_counts()
     with frame("Devices"):
-        if not counts.total:
+        if not counts.total and state != DeviceState.REVOKED.value:
             _nobody(operator=may(Role.OPERATOR))
             return
         listed = _List(site, counts, _wanted(state, tag, text, online, order))

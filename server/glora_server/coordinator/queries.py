@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -16,6 +16,7 @@ from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import (
     AuditEntry,
     Device,
+    DeviceState,
     Listing,
     Measurement,
     ModuleDiagnostics,
@@ -67,10 +68,9 @@ class Queries:
     # --- devices
 
     async def devices(self, page: Page, wanted: DeviceFilter = _ALL_DEVICES) -> Listing[DeviceView]:
-        """Devices that fit `wanted`, in its order."""
+        """Devices that fit `wanted`, in its order; the revoked ones only where their state is wanted."""
         present = await self._present()
-        found = roster.chosen(present.entries.values(), wanted, self.hub, present.now)
-        part = roster.part(found, page)
+        part = await self._part_of_devices(page, wanted, present)
 
         def work(uow: UnitOfWork) -> tuple[DeviceView, ...]:
             stored = uow.lists.devices([entry.id for entry in part.items])
@@ -81,7 +81,7 @@ class Queries:
     async def device_lines(self, page: Page, wanted: DeviceFilter = _ALL_DEVICES) -> Listing[DeviceLine]:
         """The same devices with how reliable they are and how far they agreed with the others last."""
         present = await self._present()
-        part = roster.part(roster.chosen(present.entries.values(), wanted, self.hub, present.now), page)
+        part = await self._part_of_devices(page, wanted, present)
         items = await self.store.read(lambda uow: _device_lines(uow, present, part.items))
         return Listing(items=items, next_token=part.next_token)
 
@@ -234,6 +234,12 @@ class Queries:
 
     async def _of_run(self, name: str, work: Callable[[UnitOfWork, Run], T]) -> T:
         return await self.store.read(lambda uow: work(uow, uow.runs.by_name(name)))
+
+    async def _part_of_devices(self, page: Page, wanted: DeviceFilter, present: Present) -> Listing[RosterEntry]:
+        entries: Iterable[RosterEntry] = present.entries.values()
+        if wanted.state is DeviceState.REVOKED:
+            entries = await self.store.read(lambda uow: uow.lists.roster(revoked=True))
+        return roster.part(roster.chosen(entries, wanted, self.hub, present.now), page)
 
     async def _present(self) -> Present:
         return Present(hub=self.hub, now=self.clock(), entries=await self.roster.entries())

@@ -18,6 +18,8 @@ from glora_wire.manifest import BaseInit, Manifest, NormalInit
 
 PRUNING_KEYS: Final = frozenset({"hetlora_gamma", "hetlora_lambda"})
 """What devices read in training.extra (glora_client.pruning)."""
+_TAKEN_NAMES: Final = frozenset({"new"})
+"""Names that a run's page could not have."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,6 +32,11 @@ class RunStarter:
 
     async def draft(self, spec: RunSpec, manifest: Manifest) -> Run:
         """A run that could work, not stored yet; raises when strategy, ranks and manifest do not fit together."""
+        if spec.name in _TAKEN_NAMES:
+            raise GloraError(
+                Reason.SPEC_INVALID,
+                f"A run cannot be named {spec.name!r}, for /runs/{spec.name} is the form for new runs; choose another.",
+            )
         if manifest.task != spec.model.task:
             raise GloraError(
                 Reason.MANIFEST_INVALID,

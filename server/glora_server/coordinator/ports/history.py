@@ -28,8 +28,11 @@ from glora_server.rounds.round import Round
 class Lists(Protocol):
     """Parts of long lists."""
 
-    def roster(self) -> tuple[RosterEntry, ...]:
-        """Every device that is not revoked, without certificates; reads the whole table (see coordinator/roster.py)."""
+    def roster(self, *, revoked: bool = False) -> tuple[RosterEntry, ...]:
+        """Every device that is not revoked (or that is), without certificates, in order of enrolment.
+
+        Reads the whole table; coordinator/roster.py remembers the answer.
+        """
         ...
 
     def devices(self, ids: Collection[DeviceId]) -> Mapping[DeviceId, Device]:

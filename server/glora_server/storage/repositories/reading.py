@@ -54,8 +54,8 @@ class ListsRepository:
     def __init__(self, session: Session) -> None:
         self._session = session
 
-    def roster(self) -> tuple[RosterEntry, ...]:
-        """Every device that is not revoked, in order of enrolment; reads the whole table."""
+    def roster(self, *, revoked: bool = False) -> tuple[RosterEntry, ...]:
+        """Every device that is not revoked (or that is), in order of enrolment; reads the whole table."""
         counts: defaultdict[str, dict[Outcome, int]] = defaultdict(dict)
         for row in self._session.rows(columns_of(OutcomeRow)):
             counts[row.device_id][row.outcome] = row.number
@@ -70,10 +70,8 @@ class ListsRepository:
             DeviceRow.certificate_expires_at,
             DeviceRow.profile,
         )
-        statement = (
-            select(*columns).where(DeviceRow.state != DeviceState.REVOKED).order_by(DeviceRow.created_at, DeviceRow.id)
-        )
-        rows = self._session.rows(statement)
+        wanted = DeviceRow.state == DeviceState.REVOKED if revoked else DeviceRow.state != DeviceState.REVOKED
+        rows = self._session.rows(select(*columns).where(wanted).order_by(DeviceRow.created_at, DeviceRow.id))
         return tuple(RosterEntry(**row._mapping, outcomes=counts.get(row.id, {})) for row in rows)
 
     def devices(self, ids: Collection[DeviceId]) -> Mapping[DeviceId, Device]:
