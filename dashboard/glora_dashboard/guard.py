@@ -31,6 +31,16 @@ MAX_BODY_BYTES: Final = 20 * 1024 * 1024
 STRANGERS_BODY_BYTES: Final = 64 * 1024
 """A name and a password: what somebody who has not signed in may send."""
 _POLICY_VIOLATION: Final = 1008
+PAGE_POLICY: Final = (
+    # NiceGUI's page starts from inline scripts, and Vue compiles its templates with Function().
+    "default-src 'none'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    # 'self' lets the page's websocket pass too: it has the same host.
+    "img-src 'self' data:; font-src 'self'; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'"
+)
+"""What our pages may load and ask: this server only."""
+DATA_POLICY: Final = "default-src 'none'; frame-ancestors 'none'"
+"""What everything else may, should a browser ever show it as a page."""
 
 
 class Guard:
@@ -168,6 +178,8 @@ def _with_headers(send: Send) -> Send:
             # Not "no-referrer": browsers then send "Origin: null" with our own forms, and the gate would refuse them.
             headers.setdefault("Referrer-Policy", "same-origin")
             headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
+            is_page = headers.get("content-type", "").startswith("text/html")
+            headers.setdefault("Content-Security-Policy", PAGE_POLICY if is_page else DATA_POLICY)
         await send(message)
 
     return send_with_headers

@@ -409,3 +409,4 @@ def test_answers_are_kept_by_nobody_and_framed_by_nobody(browser: TestClient) ->
     assert answer.headers["cache-control"] == "no-store"
     assert answer.headers["x-frame-options"] == "DENY"
     assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]

@@ -147,6 +147,7 @@ def test_metrics_need_the_token_unless_they_are_open(server: FakeServer, access:
 def test_answers_are_not_kept_by_caches(client: TestClient) -> None:
     answer = client.get("/api/v1/devices")
     assert (answer.headers["cache-control"], answer.headers["x-content-type-options"]) == ("no-store", "nosniff")
+    assert answer.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
 
 
 def test_lists_come_in_parts(client: TestClient) -> None:
