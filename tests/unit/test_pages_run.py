@@ -10,6 +10,7 @@ import pytest
 from fake_server import FakeServer
 
 from glora_dashboard.pages import parts, run_charts, run_parts
+from glora_dashboard.pages.chart_numbers import MOST_ROWS, numbers_of
 from glora_dashboard.pages.overview import alert_list, run_card
 from glora_dashboard.pages.policy_form import changes_of
 from glora_dashboard.pages.quality import best_by_version, gain_words
@@ -160,6 +161,37 @@ def test_charts_of_nothing_are_empty_not_broken() -> None:
         assert draw(nothing)["series"]
     assert run_charts.quality_options(nothing, loss=False)["series"]
     assert curves(run_charts.spectrum_options(spectrum)) == {"": []}
+
+
+def test_a_chart_s_numbers_are_a_table_too() -> None:
+    first, second = (point(n, 8, 0.2 + 0.2 * n, largest=True, phase=MetricPhase.BEFORE) for n in (1, 2))
+    drawn = series(replace(first, score=replace(first.score, accuracies=None)), second)
+    table = numbers_of(run_charts.quality_options(drawn, loss=False), label="Accuracy")
+    assert "middle half of devices, from" in table
+    newest, oldest = '<tr><th scope="row">2</th>', '<tr><th scope="row">1</th>'
+    assert table.index(newest) < table.index(oldest)
+    assert f"{newest}<td>50.0 %</td><td>70.0 %</td><td>60.0 %</td></tr>" in table
+    assert f"{oldest}<td>–</td><td>–</td><td>40.0 %</td></tr>" in table
+
+
+def test_a_chart_s_table_is_bounded_and_says_so() -> None:
+    many = [point(number, 4, 0.5, largest=True, phase=MetricPhase.BEFORE) for number in range(1, 501)]
+    table = numbers_of(run_charts.quality_options(series(*many), loss=True), label="Loss")
+    assert table.count('<th scope="row">') == MOST_ROWS
+    assert f"The newest {MOST_ROWS} of 500." in table
+    assert numbers_of(run_charts.quality_options(series(), loss=True), label="Loss") == ""
+
+
+def test_the_heat_map_s_numbers_are_its_newest_columns() -> None:
+    cells = tuple(
+        SpectrumCell(module=0, number=index, shares=(1.0,), effective_rank=float(index + 1), captured_energy=0.9)
+        for index in range(12)
+    )
+    spectrum = SpectrumMap(modules=("<query>",), numbers=tuple(range(1, 13)), cells=cells, modules_left_out=0)
+    table = numbers_of(run_charts.spectrum_options(spectrum), label="Consensus")
+    assert '<th scope="row">&lt;query&gt;</th><td>5</td>' in table
+    assert "version 12</th>" in table
+    assert "The newest 8 of 12 versions." in table
 
 
 def test_the_heat_map_names_each_cell_by_module_and_version() -> None:

@@ -7,6 +7,9 @@ from typing import Final
 
 from nicegui import ui
 
+from glora_dashboard.pages.chart_numbers import PERCENT, numbers_of
+from glora_dashboard.pages.parts import Block
+
 Options = dict[str, object]
 """ECharts' own format."""
 Points = Sequence[tuple[int, float | None]]
@@ -15,27 +18,39 @@ _TEXT: Final = {"color": "var(--muted)", "fontFamily": "system-ui, sans-serif", 
 _LINE: Final = {"lineStyle": {"color": "var(--line)"}}
 
 
-def chart(options: Options, *, label: str, height: int = 240) -> ui.echart:
-    """A chart in the page; `label` is what it says to those who do not see it."""
-    element = ui.echart(options, renderer="svg").classes("chart").style(f"height: {height}px")
-    element.props["role"] = "img"
-    element.props["aria-label"] = label
-    return element
+class Chart:
+    """A chart in the page, with its numbers below; `label` is what it says to those who do not see it."""
 
+    def __init__(self, options: Options, *, label: str, height: int = 240, numbers: bool = True) -> None:
+        self._label = label
+        self._drawn = ui.echart(options, renderer="svg").classes("chart").style(f"height: {height}px")
+        self._drawn.props["role"] = "img"
+        self._drawn.props["aria-label"] = label
+        self._numbers = Block(numbers_of(options, label=label)) if numbers else None
 
-def redraw(element: ui.echart, options: Options) -> None:
-    """Show other options in a chart, when they are other ones."""
-    if element.options != options:
-        element.options.clear()
-        element.options.update(options)
-        element.update()
+    def show(self, options: Options, *, height: int | None = None) -> None:
+        """Show other options, when they are other ones."""
+        if self._drawn.options != options:
+            self._drawn.options.clear()
+            self._drawn.options.update(options)
+            self._drawn.update()
+            if self._numbers is not None:
+                self._numbers.show(numbers_of(options, label=self._label))
+        if height is not None:
+            self._drawn.style(f"height: {height}px")
+
+    def set_visibility(self, visible: bool) -> None:
+        """Show or hide the chart and its numbers."""
+        for element in (self._drawn, self._numbers):
+            if element is not None:
+                element.set_visibility(visible)
 
 
 def plot(
     series: Sequence[Options], *, percent: bool = False, zero: bool = False, legend: bool = True, digits: int = 3
 ) -> Options:
     """Axes for series over round numbers; `zero` lets the values' axis begin there."""
-    unit = "(v) => v == null ? '–' : (100 * v).toFixed(1) + ' %'" if percent else _rounded(digits)
+    unit = PERCENT if percent else _rounded(digits)
     axis_label: Options = {**_TEXT, ":formatter": "(v) => Math.round(100 * v) + ' %'"} if percent else {**_TEXT}
     names = [str(item["name"]) for item in series if not str(item.get("stack", "")).startswith("band")]
     return {

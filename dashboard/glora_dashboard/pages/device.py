@@ -9,7 +9,7 @@ from typing import Final
 from markupsafe import Markup
 from nicegui import ui
 
-from glora_dashboard.pages.charts import Options, chart, line, plot, redraw
+from glora_dashboard.pages.charts import Chart, Options, line, plot
 from glora_dashboard.pages.device_actions import DeviceActions
 from glora_dashboard.pages.device_parts import (
     agreement_table,
@@ -64,7 +64,8 @@ class _Shown:
             self._outcomes = Block(outcome_counts(detail))
         with card("Agreement", note="cosine with the mean change, and the share of it that the consensus captured"):
             self._agreement = Block(_agreement_words(detail))
-            self._chart = chart(agreement_options(_newest_run(detail)), label="Agreement by version")
+            options = agreement_options(_newest_run(detail))
+            self._chart = Chart(options, label="Agreement by version", numbers=False)  # its own table says more
             self._table = Block(_contributions(detail))
         with card("What it is"):
             self._facts = Block(device_facts(view))
@@ -87,7 +88,7 @@ class _Shown:
     def _show_agreement(self, detail: DeviceDetail) -> None:
         made = _newest_run(detail)
         self._agreement.show(_agreement_words(detail))
-        redraw(self._chart, agreement_options(made))
+        self._chart.show(agreement_options(made))
         self._chart.set_visibility(sum(item.cosine is not None for item in made) > 1)
         self._table.show(_contributions(detail))
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from nicegui import ui
 
 from glora_dashboard.pages import run_charts
-from glora_dashboard.pages.charts import chart, redraw
+from glora_dashboard.pages.charts import Chart
 from glora_dashboard.pages.frame import frame, page
 from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.pager import Pager
@@ -102,25 +102,25 @@ class _Plots:
         self._drawn_for: object = None
         with ui.element("div").classes("grid"):
             with card("Accuracy", note="on devices' held-out rows, by version"):
-                self._accuracy = chart(run_charts.quality_options(series, loss=False), label="Accuracy by version")
+                self._accuracy = Chart(run_charts.quality_options(series, loss=False), label="Accuracy by version")
             with card("Loss", note="the same rows"):
-                self._loss = chart(run_charts.quality_options(series, loss=True), label="Loss by version")
+                self._loss = Chart(run_charts.quality_options(series, loss=True), label="Loss by version")
         note = "how many directions carry each module's mean update: few means that devices agree"
         with card("Consensus", note=note):
-            self._consensus = chart(
+            self._consensus = Chart(
                 run_charts.spectrum_options(spectrum),
                 label="Effective directions of the consensus by module and version",
                 height=_heat_height(spectrum),
             )
         with ui.element("div").classes("grid"):
             with card("Kept of the mean update", note="captured energy, and the distance that truncation leaves"):
-                self._energy = chart(run_charts.energy_options(series), label="Captured energy and truncation error")
+                self._energy = Chart(run_charts.energy_options(series), label="Captured energy and truncation error")
             with card("Size of updates", note="Frobenius norm of devices' updates"):
-                self._norms = chart(run_charts.norm_options(series), label="Norms of updates by round")
+                self._norms = Chart(run_charts.norm_options(series), label="Norms of updates by round")
             with card("Bytes moved", note="megabytes, by round"):
-                self._bytes = chart(run_charts.bytes_options(series), label="Bytes moved by round")
+                self._bytes = Chart(run_charts.bytes_options(series), label="Bytes moved by round")
             with card("Where time goes", note="seconds, median over devices, by round"):
-                self._seconds = chart(run_charts.seconds_options(series), label="Seconds of each stage by round")
+                self._seconds = Chart(run_charts.seconds_options(series), label="Seconds of each stage by round")
 
     def is_old(self, view: RunView) -> bool:
         """Whether the run has more to show than when it was drawn."""
@@ -129,14 +129,13 @@ class _Plots:
     def show(self, series: RunSeries, spectrum: SpectrumMap, view: RunView) -> None:
         """Draw anew."""
         self._drawn_for = _drawn_for(view)
-        redraw(self._accuracy, run_charts.quality_options(series, loss=False))
-        redraw(self._loss, run_charts.quality_options(series, loss=True))
-        redraw(self._consensus, run_charts.spectrum_options(spectrum))
-        self._consensus.style(f"height: {_heat_height(spectrum)}px")
-        redraw(self._energy, run_charts.energy_options(series))
-        redraw(self._norms, run_charts.norm_options(series))
-        redraw(self._bytes, run_charts.bytes_options(series))
-        redraw(self._seconds, run_charts.seconds_options(series))
+        self._accuracy.show(run_charts.quality_options(series, loss=False))
+        self._loss.show(run_charts.quality_options(series, loss=True))
+        self._consensus.show(run_charts.spectrum_options(spectrum), height=_heat_height(spectrum))
+        self._energy.show(run_charts.energy_options(series))
+        self._norms.show(run_charts.norm_options(series))
+        self._bytes.show(run_charts.bytes_options(series))
+        self._seconds.show(run_charts.seconds_options(series))
 
 
 def _drawn_for(view: RunView) -> object:
