@@ -51,6 +51,7 @@ def test_what_is_not_known_is_a_dash(value: float | None) -> None:
 def test_numbers_and_shares() -> None:
     assert fmt.percent(0.98765) == "98.8 %"
     assert fmt.number(0.012345) == "0.0123"
+    assert [fmt.loss(value) for value in (0.69, 0.6904, None, math.nan)] == ["0.690", "0.690", fmt.NONE, fmt.NONE]
     assert fmt.number(12345.6) == "12,346"
     assert fmt.count(1, "device") == "1 device"
     assert fmt.count(1024, "device") == "1,024 devices"

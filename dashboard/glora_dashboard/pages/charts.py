@@ -14,6 +14,8 @@ Options = dict[str, object]
 """ECharts' own format."""
 Points = Sequence[tuple[int, float | None]]
 PALETTE: Final = ("var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)", "var(--c6)")
+_SCALE: Final = ("#30408d", "#2f7fb8", "#35a79c", "#97cc6c", "#f2de4f")
+"""From few to many: falls apart into steps on white and on black, and for those who see few colours."""
 _TEXT: Final = {"color": "var(--muted)", "fontFamily": "system-ui, sans-serif", "fontSize": 12}
 _LINE: Final = {"lineStyle": {"color": "var(--line)"}}
 
@@ -154,7 +156,7 @@ def heat_map(
             "itemHeight": 110,
             "text": [words[1], words[0]],
             "textStyle": dict(_TEXT),
-            "inRange": {"color": ["rgba(79,125,240,0.10)", "rgba(79,125,240,0.55)", "rgba(60,100,225,1)"]},
+            "inRange": {"color": list(_SCALE)},
         },
         "series": [
             {

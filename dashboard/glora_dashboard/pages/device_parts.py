@@ -239,5 +239,5 @@ def _work(item: WorkView) -> Sequence[str | Markup]:
         fmt.moment(began),
         fmt.span(took),
         moved if item.view.bytes_down or item.view.bytes_up else fmt.NONE,
-        assignment.message,
+        Markup('<span class="long">{}</span>').format(assignment.message) if assignment.message else "",
     )

@@ -120,7 +120,7 @@ def quality(item: Exportable, rank: int | None) -> Markup:
         ).format(
             rank,
             fmt.percent(found.accuracy),
-            fmt.number(found.loss),
+            fmt.loss(found.loss),
             fmt.count(found.devices, "device"),
             who,
             found.rows,

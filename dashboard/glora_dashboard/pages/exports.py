@@ -129,4 +129,4 @@ def _row(item: Exportable, ranks: list[int], *, operator: bool) -> list[Cell]:
 def _score(score: VersionScore | None) -> Cell:
     if score is None:
         return Markup('<span class="muted">–</span>')
-    return Markup("{}<small>loss {}</small>").format(fmt.percent(score.accuracy), fmt.number(score.loss))
+    return Markup("{}<small>loss {}</small>").format(fmt.percent(score.accuracy), fmt.loss(score.loss))

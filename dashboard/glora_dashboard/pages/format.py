@@ -35,6 +35,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:,.0f}"
 
 
+def loss(value: float | None) -> str:
+    """A loss with three digits after the point, so that several can be compared at a glance; a dash where unknown."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:.3f}"
+
+
 def span(seconds: float | None) -> str:
     """A duration in its two largest units: "45 s", "3 min 20 s", "2 h 5 min", "4 d"; a dash for None."""
     if seconds is None or not math.isfinite(seconds):

@@ -69,7 +69,9 @@ def _devices(uow: UnitOfWork, present: Present) -> Iterator[Alert]:
         if entry.certificate_expires_at < soon and entry.state is DeviceState.APPROVED
     )
     if old:
-        message = f"The certificates of {_listed(old)} expire within {_DEVICE_DAYS} days: start these devices once."
+        which, these = ("certificate", "this device") if len(old) == 1 else ("certificates", "these devices")
+        verb = "expires" if len(old) == 1 else "expire"
+        message = f"The {which} of {_listed(old)} {verb} within {_DEVICE_DAYS} days: start {these} once."
         yield _alert(Severity.WARNING, "certificates_expire", message)
     rejected = uow.history.rejections(present.now - _DAY, _NAMED)
     names = present.names(uow, rejected)

@@ -59,7 +59,8 @@
       const minutes = Math.floor((whole % 3600) / 60);
       return `${Math.floor(whole / 3600)} h${whole < 36000 && minutes ? ` ${minutes} min` : ""}`;
     }
-    return `${Math.floor(whole / 86400)} d`;
+    const days = Math.floor(whole / 86400);
+    return days < 730 ? `${days} d` : `${Math.floor(days / 365)} years`;
   }
 
   function clockText(at) {
