@@ -90,9 +90,9 @@ class Engine:
         """Whether an image is on this machine."""
         return bool(self.run("images", "--quiet", tag).strip())
 
-    def image_ids(self, *tag: str) -> frozenset[str]:
-        """Ids of all images here, those without a name included; or of one."""
-        return frozenset(self.run("images", "--all", "--quiet", "--no-trunc", *tag).split())
+    def nameless_images(self) -> frozenset[str]:
+        """Ids of the images without a name of which no other is made."""
+        return frozenset(self.run("images", "--quiet", "--no-trunc", "--filter", "dangling=true").split())
 
     def pull(self, tag: str) -> bool:
         """Fetch an image from its registry; whether that worked."""

@@ -37,18 +37,18 @@ class Images:
     engine: Engine
     say: Callable[[str], None]
     before: frozenset[str]
-    """Ids of the images that were there."""
+    """Ids of images without a name that were there."""
     made: list[str]
 
     @classmethod
     def of(cls, engine: Engine, say: Callable[[str], None]) -> Images:
         """Nothing is made yet."""
-        return cls(engine=engine, say=say, before=engine.image_ids(), made=[])
+        return cls(engine=engine, say=say, before=engine.nameless_images(), made=[])
 
     def prepare(self, *, build: bool) -> dict[str, str]:
         """Have every image of the composition; the variables by which docker-compose.yml finds ours."""
         python = _python_tag()
-        self._have(python, self._bootstrap)
+        self._have(python, self._bootstrap, keep=True)
         if build:
             self._build_ours(python)
         else:
@@ -62,20 +62,18 @@ class Images:
         """Remove what was made here, layers that a next build would use included, but for the base of all."""
         for tag in reversed(self.made):
             self.engine.run("rmi", "--force", tag, check=False)
-        if self.engine.is_podman:
-            left = self.engine.image_ids() - self.before - self.engine.image_ids(_python_tag())
-            while left:
-                self.engine.run("rmi", *left, check=False)  # those that others are made of refuse, until these are gone
-                still = self.engine.image_ids() & left
-                left = still if still < left else frozenset()
+        # Removing layers leaves those below them without a name, until none are left.
+        while self.engine.is_podman and (left := self.engine.nameless_images() - self.before):
+            self.engine.run("rmi", *left, check=False)
+            if left <= self.engine.nameless_images():
+                return
 
-    def _have(self, tag: str, make: Callable[[str], None]) -> None:
-        """Take the image that is here, the registry's, or make a stand-in for it."""
-        if not self.engine.has_image(tag) and not self.engine.pull(tag):
+    def _have(self, tag: str, make: Callable[[str], None], *, keep: bool = False) -> None:
+        """Take the image that is here, the registry's, or a stand-in; an earlier one only if it is to be kept."""
+        here = self.engine.has_image(tag) and (keep or STAND_IN_LABEL not in self.engine.labels(tag))
+        if not here and not self.engine.pull(tag):
             make(tag)
         if STAND_IN_LABEL in self.engine.labels(tag):
-            if tag != _python_tag() and tag not in self.made:
-                self.made.append(tag)
             self.say(f"STAND-IN for {tag}, as no registry answers")
 
     def _bootstrap(self, tag: str) -> None:
@@ -99,6 +97,7 @@ class Images:
         folder = _FOLDER / service
         self.say(f"{tag} cannot be pulled: building a stand-in ({_STAND_INS_ARE[service]})")
         self.engine.build(tag, folder / "Dockerfile", folder, arguments={"PYTHON_IMAGE": python})
+        self.made.append(tag)
 
     def _build_ours(self, python: str) -> None:
         arguments = {"PYTHON_IMAGE": python, **_pip_arguments(self.engine), "REVISION": _revision()}
