@@ -95,13 +95,13 @@ def client_diagnostics(
 ) -> tuple[ClientDiagnostics, ...]:
     """One record per client; `basis` (q×m, frame coordinates, orthonormal) spans what the new state can hold."""
     frame, weights = terms.frame, terms.weights
-    gram = frame.block_gram()
-    cosines = _cosines_to_mean(terms, terms.updates, gram)
-    change_cosines = _cosines_to_mean(terms, terms.changes, gram)
+    owns = [frame.coordinates(update).turned() for update in terms.updates]
+    changes = owns if terms.changes == terms.updates else [frame.coordinates(change) for change in terms.changes]
+    norms, change_norms = [own.norm() for own in owns], [_norm_beyond_rounding(change) for change in changes]
+    cosines = _cosines_to_mean(terms, terms.updates, norms)
+    change_cosines = cosines if changes is owns else _cosines_to_mean(terms, terms.changes, change_norms)
     records = []
-    for i, update in enumerate(updates):
-        own = frame.coordinates(terms.updates[i])
-        own_norm, change_norm = own.norm(), _norm_beyond_rounding(frame.coordinates(terms.changes[i]))
+    for i, (update, own, own_norm, change_norm) in enumerate(zip(updates, owns, norms, change_norms, strict=True)):
         inside = Coordinates(left=basis.mT @ own.left, right=own.right).norm()
         records.append(
             ClientDiagnostics(
@@ -124,11 +124,12 @@ def _norm_beyond_rounding(x: Coordinates) -> float:
     return norm if norm > rounding_floor(x) else 0.0
 
 
-def _cosines_to_mean(terms: RoundTerms, combinations: Sequence[Combination], gram: Tensor) -> list[float]:
-    """cos(X_i, Σp_jX_j) for each combination, 0 where either is zero."""
-    vectors = torch.stack([terms.frame.coefficients(combination) for combination in combinations])
-    mean = terms.frame.coefficients(weighted_sum(combinations, terms.weights))
-    inner = vectors @ (gram @ mean)
-    norms = ((vectors @ gram) * vectors).sum(dim=1).clamp(min=0).sqrt() * (mean @ gram @ mean).clamp(min=0).sqrt()
-    cosines = torch.where(norms > 0, inner / norms.clamp(min=torch.finfo(norms.dtype).tiny), 0.0)
+def _cosines_to_mean(terms: RoundTerms, combinations: Sequence[Combination], norms: Sequence[float]) -> list[float]:
+    """cos(X_i, Σp_jX_j) for each combination, 0 where either is zero; `norms` are ‖X_i‖_F."""
+    frame, mean = terms.frame, weighted_sum(combinations, terms.weights)
+    inner = frame.inner_products(mean)
+    vectors = torch.stack([frame.coefficients(combination) for combination in combinations])
+    mean_norm = (frame.coefficients(mean) @ inner).clamp(min=0).sqrt()
+    products = torch.tensor(norms, dtype=inner.dtype, device=inner.device) * mean_norm
+    cosines = torch.where(products > 0, vectors @ inner / products.clamp(min=torch.finfo(inner.dtype).tiny), 0.0)
     return [float(cosine) for cosine in cosines.clamp(-1.0, 1.0).tolist()]

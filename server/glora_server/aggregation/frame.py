@@ -10,8 +10,9 @@ turn each X into :math:`Q_L (T_L\,\mathrm{diag}(c)\,T_R^\top) Q_R^\top`, so that
 vectors and projections are computed in coordinates of at most `cols` = Σ ranks numbers. Q_L and Q_R stay
 Householder reflectors and are only applied to the few columns that are wanted. Each column's rounding error is
 relative to its own norm, so an ill-conditioned gauge costs eps·‖b_k‖‖a_k‖ and no more. Coordinates never outgrow
-the stack that came in: q_L = min(d, cols), q_R = min(n, cols). Cost 2(d + n)·cols² for the frame, 4(d + n)·cols·R
-to come back.
+the stack that came in: q_L = min(d, cols), q_R = min(n, cols). A side with as many columns as rows or more is its own
+frame (Q = I): a QR would turn it and save nothing. Cost 2(d + n)·cols² for the frame of narrow stacks and nothing for
+wide ones, 4(d + n)·cols·R to come back; inner products are linear in cols beyond d and n.
 """
 
 import math
@@ -58,11 +59,16 @@ class Coordinates:
         """Σ_k ‖l_k‖‖r_k‖: what rounding errors of any arithmetic on X are relative to."""
         return float((torch.linalg.vector_norm(self.left, dim=0) * torch.linalg.vector_norm(self.right, dim=0)).sum())
 
+    def turned(self) -> "Coordinates":
+        """X·Q for an orthonormal Q after which `right` is k×k or smaller: what norms of X and of PX need."""
+        if self.right.shape[1] >= self.right.shape[0]:
+            return self
+        return Coordinates(left=self.left, right=torch.linalg.qr(self.right, mode="r").R)
+
     def norm(self) -> float:
         """‖X‖_F; a wide stack goes some rows at a time, so that no d×n matrix is needed."""
-        if self.left.shape[1] < min(self.left.shape[0], self.right.shape[0]):
-            return float(torch.linalg.matrix_norm(self._core()))
-        parts = (torch.linalg.matrix_norm(rows @ self.right.mT) for rows in torch.split(self.left, _ROWS_AT_A_TIME))
+        right = self.turned().right.mT
+        parts = (torch.linalg.matrix_norm(rows @ right) for rows in torch.split(self.left, _ROWS_AT_A_TIME))
         return math.hypot(*(float(part) for part in parts))
 
     def spectral_norm(self) -> float:
@@ -97,7 +103,7 @@ class JointFrame:
 
     def coordinates(self, combination: Combination) -> Coordinates:
         """The combination in coordinates; O(q) per column."""
-        left, right = self._left.triangle, self._right.triangle
+        left, right = self._left.columns, self._right.columns
         if not combination:
             return Coordinates(left=left[:, :0], right=right[:, :0])
         return Coordinates(
@@ -105,24 +111,25 @@ class JointFrame:
             right=torch.cat([right[:, self._spans[t.block]] for t in combination], dim=1),
         )
 
-    def block_gram(self) -> Tensor:
-        """G (m×m), G_ij = ⟨block_i, block_j⟩ = Σ (L_iᵀL_j)∘(R_iᵀR_j): all inner products follow from it.
+    def inner_products(self, combination: Combination) -> Tensor:
+        """⟨block_i, X⟩ = Σ L_i∘(XR_i) for every block: inner products of combinations with X follow from it.
 
-        Block i reaches down to row `span.stop` of the triangles only, and G is symmetric: about cols³ flops in all.
+        XR, all columns of R at once, some rows of X at a time where X is as wide as it is high: 4q_Lq_R·cols flops or
+        4(q_L + q_R)·cols·(columns of X), the smaller.
         """
-        left, right = self._left.triangle, self._right.triangle
-        widths = torch.tensor([span.stop - span.start for span in self._spans])
-        owner = torch.eye(len(widths), dtype=left.dtype).repeat_interleave(widths, dim=0).to(left.device)
-        gram = left.new_zeros((len(widths), len(widths)))
-        for i, span in enumerate(self._spans):
-            on_left = left[: span.stop, span].mT @ left[: span.stop, span.start :]
-            on_right = right[: span.stop, span].mT @ right[: span.stop, span.start :]
-            gram[i, i:] = (on_left * on_right).sum(dim=0) @ owner[span.start :, i:]
-        return gram + gram.triu(1).mT
+        found, right = self.coordinates(combination), self._right.columns
+        narrow = found.left.shape[1] < min(found.left.shape[0], found.right.shape[0])
+        seen = found.right.mT @ right if narrow else None
+        by_column = right.new_zeros(right.shape[1])
+        for start in range(0, found.left.shape[0], _ROWS_AT_A_TIME):
+            rows = found.left[start : start + _ROWS_AT_A_TIME]
+            image = (rows @ found.right.mT) @ right if seen is None else rows @ seen
+            by_column += (self._left.columns[start : start + _ROWS_AT_A_TIME] * image).sum(dim=0)
+        return torch.stack([by_column[span].sum() for span in self._spans])
 
     def coefficients(self, combination: Combination) -> Tensor:
-        """The combination as a vector over the blocks, for use with `block_gram`."""
-        vector = self._left.triangle.new_zeros(len(self._spans))
+        """The combination as a vector over the blocks: its product with `inner_products(X)` is ⟨combination, X⟩."""
+        vector = self._left.columns.new_zeros(len(self._spans))
         for term in combination:
             vector[term.block] += term.coefficient
         return vector
@@ -137,19 +144,22 @@ class JointFrame:
 
 
 class _Side:
-    """Householder QR of stacked columns, with Q kept as reflectors."""
+    """Householder QR of stacked columns, with Q kept as reflectors; the stack itself where it is wide (Q = I)."""
 
-    def __init__(self, columns: Sequence[Tensor]) -> None:
+    def __init__(self, parts: Sequence[Tensor]) -> None:
         # Column-major, as LAPACK wants it: anything else is copied twice.
-        stack = torch.cat([part.mT.to(COMPUTE_DTYPE) for part in columns]).mT
-        self._packed, self._tau = torch.geqrf(stack)
+        stack = torch.cat([part.mT.to(COMPUTE_DTYPE) for part in parts]).mT
+        self._wide = stack.shape[1] >= stack.shape[0]
+        self._packed, self._tau = (stack, stack[0, :0]) if self._wide else torch.geqrf(stack)
 
     @cached_property
-    def triangle(self) -> Tensor:
-        """T (q×cols), upper trapezoidal, q = min(rows, cols)."""
-        return self._packed[: self._tau.shape[-1]].triu()
+    def columns(self) -> Tensor:
+        """The stack in coordinates (q×cols), q = min(rows, cols); upper triangular unless it is wide."""
+        return self._packed if self._wide else self._packed[: self._tau.shape[-1]].triu()
 
     def lift(self, coordinates: Tensor) -> Tensor:
+        if self._wide:
+            return coordinates
         q = self._tau.shape[-1]
         padded = coordinates.new_zeros((self._packed.shape[0], coordinates.shape[1]))
         padded[:q] = coordinates

@@ -8,6 +8,7 @@ O((d + n)(Σr)² + (Σr)³), no d×n or d×d matrix. Source: arXiv 2605.06733; r
 projector, votes by rank and the anchor are ours.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -250,7 +251,7 @@ def _diagnostics(
 ) -> Diagnostics:
     inside = Coordinates(left=common.basis.mT @ mean.left, right=mean.right).norm()
     outside = Coordinates(left=mean.left - common.basis @ (common.basis.mT @ mean.left), right=mean.right).norm()
-    norm = mean.norm()
+    norm = math.hypot(inside, outside)
     return Diagnostics(
         eigenvalues=tuple(common.spectrum[:rank].tolist()),
         eigengap=common.eigengap(rank),
