@@ -4,7 +4,7 @@ r"""GLoRA: average the true updates, project on the column space that the client
 what U_ref is (`subspace`); neither sees factors, only products, so the result cannot depend on a device's gauge.
 Exact when R spans the union of the column spaces of the X_i.
 
-O((d + n)(Σr)² + (Σr)³), no d×n or d×d matrix. Source: arXiv 2605.06733; rules other than replace, subspaces other than
+O((d + n)qΣr + q³) with q = min(Σr, max(d, n)), and no matrix larger than the uploads. Source: arXiv 2605.06733; rules other than replace, subspaces other than
 projector, votes by rank and the anchor are ours.
 """
 
@@ -73,7 +73,7 @@ class Glora(Strategy):
         gauge_invariant=True,
         exact=True,
         mixed_ranks=True,
-        cost="O((d+n)(Σr)² + (Σr)³)",
+        cost="O((d+n)qΣr + q³), q = min(Σr, max(d,n))",
         source="GLoRA (arXiv 2605.06733)",
         note="wholly exact where R spans all updates; rules frozen_tail and accumulate send (d+n)·R more",
     )
@@ -84,7 +84,13 @@ class Glora(Strategy):
             default=Subspace.PROJECTOR.value,
             choices=tuple(Subspace),
         ),
-        ChoiceOption(name="rule", summary="how an upload is read", default=Rule.DELTA.value, choices=tuple(Rule)),
+        ChoiceOption(
+            name="rule",
+            summary="how an upload is read; accumulate wants subspace mean or an energy one: under projector and ridge "
+            "all devices vote for the state, and once it has rank R nothing new gets in",
+            default=Rule.DELTA.value,
+            choices=tuple(Rule),
+        ),
         NumberOption(name="eta", summary="server step on the change, for all rules but replace", default=1.0),
         ChoiceOption(
             name="accuracy",
