@@ -252,6 +252,7 @@ def _main(say_to: Callable[[str], None]) -> int:
     parser.add_argument("--keep", action="store_true", help="leave containers, volumes and images")
     parser.add_argument("--no-build", action="store_true", help="take the images that an earlier --keep left")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that nothing is left then either
     keep = bool(options.keep)
     try:
         engine = Engine.find()
@@ -260,7 +261,8 @@ def _main(say_to: Callable[[str], None]) -> int:
         try:
             variables = images.prepare(build=not options.no_build)
         except BaseException:
-            images.remove()
+            if not keep:
+                images.remove()
             raise
     except NoEngineError as error:
         say_to(str(error))
