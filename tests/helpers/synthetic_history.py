@@ -175,7 +175,7 @@ class _Filler:
         self.rounds = rounds
         self.until = until
         begun = until - _ROUND_SECONDS * (rounds + 1)
-        self.run = _run(name, phase, rounds + (200 if phase in {RunPhase.ACTIVE, RunPhase.PAUSED} else 0), begun)
+        self.run = _run(name, phase, rounds + (0 if phase is RunPhase.COMPLETED else 200), begun)
         self._per_round = min(per_round, len(crowd))
         self._crowd = crowd
         self._policy = RoundPolicy(rounds=rounds, quorum=3)
@@ -328,7 +328,7 @@ def _live_round(filler: _Filler, crowd: Sequence[Device], at: float, uow: UnitOf
         run_id=filler.run.id,
         number=number,
         version_id=filler.version_id(filler.rounds),
-        policy=RoundPolicy(rounds=filler.rounds + 200, quorum=max(3, len(crowd) // 2), deadline_seconds=86400.0),
+        policy=RoundPolicy(rounds=filler.rounds + 200, quorum=3, deadline_seconds=86400.0),
         phase=RoundPhase.COLLECTING,
         assignments=assignments,
         created_at=opened - 2.0,
