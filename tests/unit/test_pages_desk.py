@@ -69,7 +69,7 @@ def test_only_operators_approve_and_only_what_waits() -> None:
 def test_an_outlier_is_marked_with_a_sign_and_a_word() -> None:
     shown = agreement(replace(MADE, outlier=True, deviation=4.25))
     assert "<svg" in shown
-    assert "outlier</span><small>cosine 0.50, 4.2 deviations below the others; capture" in shown
+    assert "outlier</span><small>cosine 0.50, 4.2 deviations below the others; " in shown
     assert "outlier" not in agreement(MADE)
 
 

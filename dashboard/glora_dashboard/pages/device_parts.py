@@ -98,9 +98,9 @@ def agreement(made: Contribution | None) -> Markup:
     figures = Markup("cosine {}<small>capture {}</small>").format(_two(made.cosine), fmt.percent(made.capture, 0))
     if not made.outlier:
         return figures
-    return Markup('<span class="sign bad">{}outlier</span><small>cosine {}, {}; capture {}</small>').format(
-        icon("warn"), _two(made.cosine), deviation(made), fmt.percent(made.capture, 0)
-    )
+    return Markup(
+        '<span class="sign bad">{}outlier</span><small>cosine {}, {}; <span class="nowrap">capture {}</span></small>'
+    ).format(icon("warn"), _two(made.cosine), deviation(made), fmt.percent(made.capture, 0))
 
 
 def deviation(made: Contribution) -> str:

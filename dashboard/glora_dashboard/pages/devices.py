@@ -27,13 +27,13 @@ _MOST_AT_ONCE: Final = 1000
 _NAMED: Final = 12
 _ANY: Final = "any"
 _STATES: Final = {
-    _ANY: "all but revoked",
+    _ANY: "not revoked",
     DeviceState.APPROVED.value: "approved",
     DeviceState.PENDING.value: "waiting for approval",
     DeviceState.SUSPENDED.value: "suspended",
     DeviceState.REVOKED.value: "revoked",
 }
-_PRESENCE: Final = {_ANY: "online or away", "yes": "online", "no": "away"}
+_PRESENCE: Final = {_ANY: "any", "yes": "online", "no": "away"}
 _ORDERS: Final = {
     DeviceOrder.NAME.value: "name",
     DeviceOrder.LAST_SEEN.value: "last seen first",

@@ -35,7 +35,7 @@ async def round_page(site: Site, name: str, number: int, attempt: int | None = N
                 lambda part: site.queries.assignments(name, number, part, view.round.attempt),
                 lambda found: _timeline(view, found),
                 size=DEVICES_SHOWN,
-                newer="Before",
+                newer="Previous",
                 older="Next",
             )
             await devices.refresh()

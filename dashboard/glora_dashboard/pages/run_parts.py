@@ -188,7 +188,7 @@ def settings(view: RunView) -> Markup:
             ("Rank", f"up to {spec.lora.max_rank}"),
             ("Strategy", spec.strategy.name),
             ("Training", f"{amount}, batches of {plan.batch_size}, learning rate {plan.learning_rate:g}"),
-            ("Rounds", f"{policy.rounds}; {wanted}; quorum {policy.quorum}"),
+            ("Rounds", f"{policy.rounds:,}; {wanted}; quorum {policy.quorum}"),
             ("Deadline", f"{fmt.span(policy.deadline_seconds)}, then {fmt.span(policy.grace_seconds)} of grace"),
             ("Created", fmt.moment(view.run.created_at)),
         )

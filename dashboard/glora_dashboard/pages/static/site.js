@@ -57,7 +57,8 @@
     if (whole < 3600) return `${Math.floor(whole / 60)} min`;
     if (whole < 86400) {
       const minutes = Math.floor((whole % 3600) / 60);
-      return `${Math.floor(whole / 3600)} h${whole < 36000 && minutes ? ` ${minutes} min` : ""}`;
+      if (whole >= 36000) return `${Math.round(whole / 3600)} h`;
+      return `${Math.floor(whole / 3600)} h${minutes ? ` ${minutes} min` : ""}`;
     }
     const days = Math.floor(whole / 86400);
     return days < 730 ? `${days} d` : `${Math.floor(days / 365)} years`;
