@@ -9,6 +9,8 @@ from live_site import RUN
 from playwright.sync_api import Locator, Page, expect
 from visitor import Visitor, until_live
 
+from glora_dashboard.models import DeviceAnswer
+from glora_server.coordinator.model import DeviceState
 from glora_server.coordinator.people import Role
 
 
@@ -53,6 +55,25 @@ def test_viewers_approve_nobody(site: Federation, visit: Visitor) -> None:
     page = visit(site, "/devices?state=pending", role=Role.VIEWER)
     expect(rows(page).filter(has_text="shy-1")).to_have_count(1)
     expect(page.get_by_role("button", name=re.compile("Approve"))).to_have_count(0)
+
+
+def test_a_button_that_a_viewer_forged_does_nothing(site: Federation, visit: Visitor) -> None:
+    """What pages do not offer is refused by the server too, should a browser ask for it."""
+    waiting(site, "shy-2")
+    page = visit(site, "/devices?state=pending&text=shy-2", role=Role.VIEWER)
+    expect(rows(page)).to_have_count(1)
+    page.evaluate(
+        """() => {
+          const forged = document.createElement("button");
+          Object.assign(forged.dataset, { act: "approve", of: "shy-2" });
+          forged.textContent = "Forged";
+          document.querySelector("section.card").append(forged);
+        }"""
+    )
+    page.get_by_role("button", name="Forged").click()
+    expect(page.get_by_text(re.compile("operator")).last).to_be_visible()
+    with site.api() as api:
+        assert api.get(DeviceAnswer, "/devices/shy-2").state is DeviceState.PENDING
 
 
 def test_waiting_devices_are_approved_one_by_one_and_together(site: Federation, visit: Visitor) -> None:
@@ -106,6 +127,11 @@ def test_suspending_re_ranking_and_revoking(site: Federation, visit: Visitor) ->
     revoke.click()
     expect(page.locator(".head-title")).to_contain_text("revoked")
     expect(page.get_by_role("group", name="Actions").get_by_role("button")).to_have_count(0)
+    page.goto(f"{site.url}/devices?text=victim")
+    expect(page.get_by_text("No device is like that.")).to_be_visible()
+    pick(page, "State", "revoked")
+    expect(rows(page)).to_have_count(1)
+    expect(rows(page)).to_contain_text("victim")
 
 
 def test_a_device_is_revoked_with_the_keyboard_alone(site: Federation, visit: Visitor) -> None:

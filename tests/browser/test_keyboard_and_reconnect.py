@@ -7,8 +7,9 @@ import re
 from federation import Federation
 from live_site import RUN, add_run
 from playwright.sync_api import Page, expect
-from visitor import Visitor
+from visitor import Visitor, until_live
 
+from glora_dashboard.run_models import RunAnswer
 from glora_server.coordinator.people import Role
 
 
@@ -19,7 +20,7 @@ def focused(page: Page) -> str:
 
 def tab_to(page: Page, words: str) -> None:
     """Press Tab until what says `words` has the focus, and shows it."""
-    for _ in range(40):
+    for _ in range(150):
         page.keyboard.press("Tab")
         if focused(page).startswith(words):
             outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -56,8 +57,36 @@ def test_a_run_is_aborted_with_the_keyboard_alone(site: Federation, visit: Visit
     expect(page.locator(".head-title")).to_contain_text("aborted")
 
 
+def test_a_run_is_made_changed_and_steered_with_the_keyboard_alone(site: Federation, visit: Visitor) -> None:
+    page = visit(site, f"/runs/new?like={RUN}")
+    tab_or_here(page, "Name")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("by-keys")
+    tab_to(page, "Create")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="by-keys", level=1)).to_be_visible()
+    until_live(page)
+    tab_to(page, "Edit policy")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_be_visible()
+    page.wait_for_timeout(400)
+    tab_or_here(page, "Quorum")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("5")
+    tab_to(page, "Save")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    expect(page.locator(".facts")).to_contain_text("quorum 5")
+    for button, state in (("Start", "active"), ("Pause", "paused"), ("Resume", "active")):
+        tab_to(page, button)
+        page.keyboard.press("Enter")
+        expect(page.locator(".head-title")).to_contain_text(state)
+    with site.api() as api:
+        api.post(RunAnswer, "/runs/by-keys/abort", {"reason": "The test has seen enough."})
+
+
 def tab_or_here(page: Page, label: str) -> None:
-    for _ in range(10):
+    for _ in range(60):
         if page.evaluate("document.activeElement.getAttribute('aria-label')") == label:
             return
         page.keyboard.press("Tab")

@@ -52,7 +52,7 @@ def test_the_devices_of_a_round_come_in_parts(crowd: Crowd, visit: Visitor) -> N
     expect(rows.first.locator("a")).not_to_have_text(first)
     page.wait_for_timeout(4000)  # what is refreshed by itself stays on its part
     expect(page.locator(".pager")).to_contain_text("51 to 100")
-    page.get_by_role("button", name="Before").click()
+    page.get_by_role("button", name="Previous").click()
     expect(rows.first.locator("a")).to_have_text(first)
 
 

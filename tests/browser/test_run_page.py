@@ -33,9 +33,19 @@ def test_it_shows_curves_consensus_rounds_and_lineage(site: Federation, visit: V
         "Seconds of each stage by round",
     ):
         expect(page.get_by_role("img", name=label).locator("svg path").first).to_be_attached()
-    expect(page.locator(".lineage")).to_contain_text("Version 1")
+    expect(page.locator(".lineage")).to_contain_text(re.compile(r"Version \d+"))
     expect(page.get_by_role("region", name="Rounds").get_by_role("row")).not_to_have_count(0)
     expect(page.locator(".facts")).to_contain_text("tiny-encoder")
+
+
+def test_a_chart_s_numbers_are_there_for_those_who_do_not_see_it(site: Federation, visit: Visitor) -> None:
+    site.wait_run(RUN, lambda run: run.rounds_done >= 2, "two rounds")
+    page = visit(site, PAGE, role=Role.VIEWER)
+    for label in ("Accuracy by version", "Effective directions of the consensus by module and version"):
+        page.get_by_text(f"Numbers of {label}", exact=True).click()
+        table = page.get_by_role("region", name=f"Numbers of {label}")
+        expect(table.get_by_role("rowheader").first).to_be_visible()
+        expect(table.get_by_role("cell").first).to_have_text(re.compile(r"\d"))
 
 
 def test_curves_grow_while_one_looks(site: Federation, visit: Visitor) -> None:
