@@ -85,7 +85,13 @@ EVALUATOR = replace(PROFILE, trains=False, evaluates=True)
 
 def spec(name: str = "first", **changes: Any) -> RunSpec:
     """A run of two rounds that opens at once when somebody is there; `changes` are keys of its policy or sections."""
-    policy: dict[str, Any] = {"rounds": 2, "quorum": 1, "gather_seconds": 0.0, "retry_seconds": 0.0, "deadline_seconds": 100.0}
+    policy: dict[str, Any] = {
+        "rounds": 2,
+        "quorum": 1,
+        "gather_seconds": 0.0,
+        "retry_seconds": 0.0,
+        "deadline_seconds": 100.0,
+    }
     document: dict[str, Any] = {
         "name": name,
         "model": {"path": "tiny", "labels": ["no", "yes"]},

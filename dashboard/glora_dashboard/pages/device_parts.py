@@ -98,9 +98,10 @@ def agreement(made: Contribution | None) -> Markup:
     figures = Markup("cosine {}<small>capture {}</small>").format(_two(made.cosine), fmt.percent(made.capture, 0))
     if not made.outlier:
         return figures
-    return Markup(
-        '<span class="sign bad">{}outlier</span><small>cosine {}, {}; <span class="nowrap">capture {}</span></small>'
-    ).format(icon("warn"), _two(made.cosine), deviation(made), fmt.percent(made.capture, 0))
+    capture = Markup('<span class="nowrap">capture {}</span>').format(fmt.percent(made.capture, 0))
+    return Markup('<span class="sign bad">{}outlier</span><small>cosine {}, {}; {}</small>').format(
+        icon("warn"), _two(made.cosine), deviation(made), capture
+    )
 
 
 def deviation(made: Contribution) -> str:
