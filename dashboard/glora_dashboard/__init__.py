@@ -1,1 +1,1 @@
-"""The web surface of the server: REST and metrics; it reads queries and sends commands."""
+"""The web surface of the server: pages, REST and metrics; it reads queries and sends commands."""
