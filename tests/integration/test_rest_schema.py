@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -96,7 +96,7 @@ def test_every_operation_on_runs_and_devices_answers_as_described(server: Servin
 
 def test_every_operation_on_people_and_their_tokens_answers_as_described(server: Serving) -> None:
     """Asked with the data folder's admin.token, which no operation can take away."""
-    with httpx.Client(base_url=server.url, headers=server.headers) as client:
+    with httpx2.Client(base_url=server.url, headers=server.headers) as client:
         for name in PEOPLE_THERE:
             body = {"name": name, "role": "operator", "password": "schema-but-long-enough"}
             assert client.post("/api/v1/users", json=body).status_code == 201
