@@ -53,7 +53,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         yield federation
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bare_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """A server that was just set up: people, but no device and no run."""
     with Federation(tmp_path_factory.mktemp("bare")) as federation:
