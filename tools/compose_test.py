@@ -24,10 +24,11 @@ from compose_test_images import Images
 from compose_test_site import RUN, Site, status, updates_held, wait_for
 
 ROUNDS: Final = 3
-STEPS: Final = 15
+STEPS: Final = 30
 DEVICES: Final = 3
 """As many as there are ranks."""
-GUESSING: Final = 1 / 8
+ENOUGH: Final = 0.3
+"""Held-out accuracy that a model has learnt something with: always the largest of the eight classes gives 0.25."""
 _MINUTES: Final = 60.0
 """Generous: the machine may have other things to do, and time is not what is tested."""
 _SERVICES: Final = (
@@ -159,7 +160,7 @@ class ComposeTest:
         _demand(len(complete) == ROUNDS == len(rounds), f"not every round has {DEVICES} updates: {rounds}")
         wait_for("a device measures the last version", lambda: self._accuracy() is not None, 10 * _MINUTES, poll=1.0)
         accuracy = self._accuracy() or 0.0
-        _demand(accuracy > GUESSING + 0.05, f"the model has learnt nothing: its accuracy is {accuracy:.1%}")
+        _demand(accuracy > ENOUGH, f"the model has learnt nothing: its accuracy is {accuracy:.1%}")
         say(f"the demo's run is complete: {ROUNDS} rounds of {DEVICES} updates, held-out accuracy {accuracy:.1%}")
 
     def _check_prometheus(self) -> None:
