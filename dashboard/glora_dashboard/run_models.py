@@ -63,8 +63,9 @@ class RoundAnswer(RoundRecordAnswer):
     @classmethod
     def of(cls, view: RoundView) -> Self:
         """The answer for a view."""
+        record = RoundRecordAnswer.of_round(view.round).model_copy(update={"accepted": view.accepted})
         return cls(
-            **RoundRecordAnswer.of_round(view.round).model_dump() | {"accepted": view.accepted},
+            **record.model_dump(),
             seconds=view.seconds,
             devices=view.devices,
             counts={phase.value: number for phase, number in view.counts.items()},
