@@ -92,7 +92,8 @@ class Engine:
 
     def nameless_images(self) -> frozenset[str]:
         """Ids of the images without a name of which no other is made."""
-        return frozenset(self.run("images", "--quiet", "--no-trunc", "--filter", "dangling=true").split())
+        # While somebody else removes images, listing them may fail; then there is nothing to say.
+        return frozenset(self.run("images", "--quiet", "--no-trunc", "--filter", "dangling=true", check=False).split())
 
     def pull(self, tag: str) -> bool:
         """Fetch an image from its registry; whether that worked."""
