@@ -55,8 +55,9 @@ def modules_from(text: str) -> tuple[ModuleFigures, ...]:
     names = [field.name for field in fields(ModuleFigures)]
     found = []
     for entry in json.loads(text):
-        values = dict(zip(names, entry, strict=True))
-        found.append(ModuleFigures(**values | {"spectrum": tuple(values["spectrum"])}))
+        values: dict[str, Any] = dict(zip(names, entry, strict=True))
+        values["spectrum"] = tuple(values["spectrum"])
+        found.append(ModuleFigures(**values))
     return tuple(found)
 
 

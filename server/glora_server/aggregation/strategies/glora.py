@@ -4,8 +4,8 @@ r"""GLoRA: average the true updates, project on the column space that the client
 what U_ref is (`subspace`); neither sees factors, only products, so the result cannot depend on a device's gauge.
 Exact when R spans the union of the column spaces of the X_i.
 
-O((d + n)qΣr + q³) with q = min(Σr, max(d, n)), and no matrix larger than the uploads. Source: arXiv 2605.06733; rules other than replace, subspaces other than
-projector, votes by rank and the anchor are ours.
+O((d + n)qΣr + q³) with q = min(Σr, max(d, n)), and no matrix larger than the uploads. Source: arXiv 2605.06733; rules
+other than replace, subspaces other than projector, votes by rank and the anchor are ours.
 """
 
 import math
