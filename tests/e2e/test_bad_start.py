@@ -112,7 +112,8 @@ def test_a_revoked_device_is_refused_at_once_and_ends(federation: Federation, ro
     assert again.ended() == REFUSED
     with federation.api() as api:
         audit = [entry for entry in api.every(AuditAnswer, "/audit") if entry.action == "device.revoke"]
-    assert [(entry.target, entry.details["after"]) for entry in audit] == [("leaver", "revoked")]
+    changes = [(entry.target, entry.before, entry.after) for entry in audit]
+    assert changes == [("leaver", {"state": "approved"}, {"state": "revoked"})]
     refused = federation.events("rpc_refused")
     assert any(event["reason"] == "DEVICE_REVOKED" for event in refused)
 
