@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -54,7 +55,10 @@ def test_what_takes_too_long_is_told(tmp_path: Path) -> None:
 
 
 def test_staying_ends_with_ctrl_c_or_with_the_server(tmp_path: Path) -> None:
-    with Processes(tmp_path) as processes:
+    # A shell that runs the tests in the background has them ignore Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Processes(tmp_path) as processes, contextlib.ExitStack() as after:
+        after.callback(signal.signal, signal.SIGINT, before)
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         processes.stay()
         processes.start("server", "server", "--data-dir", "/proc/nowhere", lasts=True)
