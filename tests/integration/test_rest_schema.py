@@ -1,20 +1,20 @@
-"""The REST API keeps what its description promises: schemathesis asks every operation of a real server's application.
+"""The REST API keeps what its description promises: schemathesis asks every operation of a real server.
 
 The server is a whole one, with a small history that never was; what it answers comes from its database and services.
 """
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 import schemathesis
+from federation import Federation
 from hypothesis import HealthCheck, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
@@ -25,10 +25,10 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from synthetic_history import Crowd, fill
+from synthetic_history import fill
 
-from glora_server.config import Settings, prepare_data_dir
-from glora_server.main import Server
+from glora_server.config import prepare_data_dir
+from glora_server.security.admin_token import read_admin_token
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 ENDLESS = "/api/v1/events"
@@ -41,53 +41,22 @@ PEOPLE = "/(users|me|api-tokens|sign-in)"
 PEOPLE_THERE = ("ada", "bob")
 
 
+@dataclass(frozen=True, slots=True)
 class Serving:
-    """A server in a thread with a loop of its own."""
+    """Where a server answers, and what lets one in."""
 
-    def __init__(self, folder: Path) -> None:
-        self.url = ""
-        self.headers: dict[str, str] = {}
-        self._folder = folder
-        self._loop = asyncio.new_event_loop()
-        self._ready = threading.Event()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
-
-    def __enter__(self) -> Serving:
-        self._thread.start()
-        assert self._ready.wait(60), "the server did not start"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-        self._loop.close()
-
-    async def _serve(self) -> None:
-        overrides: dict[str, object] = {
-            "http.port": 0,
-            "grpc.port": 0,
-            "enrolment.port": 0,
-            "http.admin_password": "schema-but-long-enough",
-        }
-        made = Settings.load(data_dir=self._folder, env={}, overrides=overrides)
-        async with Server(made) as server:
-            crowd = await Crowd.of(server.services.hub, server.services.store)
-            crowd.tick()
-            self.url = f"http://127.0.0.1:{server.http_port}"
-            token = (self._folder / "admin.token").read_text().strip()
-            self.headers = {"Authorization": f"Bearer {token}"}
-            self._ready.set()
-            await self._stop.wait()
+    url: str
+    headers: dict[str, str]
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Serving]:
     """A server of the test's own: what is asked about people takes away their passwords and roles."""
-    folder = prepare_data_dir(tmp_path / "data")
-    fill(folder, devices=30, rounds=6, per_round=10, live=20)
-    with Serving(folder) as serving:
-        yield serving
+    with Federation(tmp_path) as federation:
+        fill(prepare_data_dir(federation.data_dir), devices=30, rounds=6, per_round=10, live=20)
+        federation.start_server()
+        token = read_admin_token(federation.data_dir)
+        yield Serving(federation.url, {"Authorization": f"Bearer {token}"})
 
 
 def test_every_operation_on_runs_and_devices_answers_as_described(server: Serving) -> None:
