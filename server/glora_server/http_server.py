@@ -109,6 +109,11 @@ async def serving(
     )
     server = _QuietServer(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
+    task.add_done_callback(lambda _: server.tried.set())
+    await server.tried.wait()
+    if not server.started:
+        await task
+        raise GloraError(Reason.INTERNAL, "The HTTP port could not begin to serve; the log says why just before this.")
     renewing = None if context is None or files is None else asyncio.create_task(_renew(files, context))
     try:
         yield
@@ -160,6 +165,18 @@ def first_password(settings: HttpSettings) -> str:
 
 class _QuietServer(uvicorn.Server):
     """uvicorn without signal handlers of its own: this process has one place that decides when to stop."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.tried = asyncio.Event()
+        """Set when it has started, or could not (`started` says which)."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await super().startup(sockets)
+        except SystemExit:  # what uvicorn does where an application cannot start; `serving` says it in words
+            self.should_exit = True
+        self.tried.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx2
@@ -53,6 +55,17 @@ async def test_the_own_authority_signs_for_the_port_and_is_trusted_only_where_it
             await ask(port, ssl.create_default_context())
         with pytest.raises(httpx2.TransportError):
             await ask(port, verify=False)
+
+
+async def test_an_application_that_cannot_start_is_no_server(tmp_path: Path) -> None:
+    @contextlib.asynccontextmanager
+    async def broken(_: Starlette) -> AsyncIterator[None]:
+        raise RuntimeError("no pages today")
+        yield
+
+    with contextlib.closing(listen("127.0.0.1", 0)) as listener, pytest.raises(GloraError, match="could not begin"):
+        async with serving(Starlette(lifespan=broken), listener, None, proxies=()):
+            pytest.fail("it serves")
 
 
 def test_what_others_get_of_the_authority_holds_no_key(tmp_path: Path) -> None:
