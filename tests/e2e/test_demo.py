@@ -122,7 +122,8 @@ def _accuracy_as_loaded(lines: list[str]) -> float:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: signal.Signals, code: int) -> None:
     folder = tmp_path / "tmp"
-    command = [*_GLORA, "demo", *_SHORT, "--port", str(free_port(8300))]
+    # A shell that runs the tests in the background has all their processes ignore Ctrl-C.
+    command = ["env", "--default-signal=INT", *_GLORA, "demo", *_SHORT, "--port", str(free_port(8300))]
     with subprocess.Popen(
         command, cwd=tmp_path, env=_environment(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as demo:
