@@ -4,7 +4,7 @@
 
 One thread, CPU seconds (`time.process_time`), the best of a few runs. Two kinds of uploads: `random` (independent
 Gaussian factors: a flat spectrum, the worst case for any iteration) and `shared` (a common space plus a private part
-of a fifth of its size, nearer to what devices that learn one task send). The rule is `replace` unless a row says
+a quarter of its size, nearer to what devices that learn one task send). The rule is `replace` unless a row says
 `delta`, where all devices start from one readout of rank 16 of a state of rank 32 and move it by a tenth.
 
 `floor`: three products of K with R + 16 columns and one projection, 12·d·Σr·(R + 16) + 2(d + n)·Σr·R flops, at the

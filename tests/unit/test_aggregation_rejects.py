@@ -37,6 +37,11 @@ def elsewhere() -> ClientUpdate:
     return replace(update(), b=update().b.to("meta"), a=update().a.to("meta"))
 
 
+def sent_one_b(*updates: ClientUpdate) -> list[ClientUpdate]:
+    """Updates whose devices were sent the same tensor B, and each its own A."""
+    return [replace(update(), sent=(updates[0].b, one.a)) for one in updates]
+
+
 BAD: list[tuple[str, Callable[[], list[ClientUpdate]], type[e.AggregationError]]] = [
     ("nothing", list, e.EmptyUpdatesError),
     ("nan in b", lambda: [update(), broken("b", math.nan)], e.NonFiniteError),
@@ -57,6 +62,7 @@ BAD: list[tuple[str, Callable[[], list[ClientUpdate]], type[e.AggregationError]]
     ("zero scale", lambda: [replace(update(), scale=0.0)], e.ScaleError),
     ("bad scale of sent", lambda: [replace(update(), sent_scale=-1.0)], e.ScaleError),
     ("sent for another module", lambda: [replace(update(), sent=(torch.ones(4, 2), torch.ones(2, 5)))], e.ShapeError),
+    ("nan in one A of two that were sent one B", lambda: sent_one_b(broken("a", math.nan), update()), e.NonFiniteError),
     ("nan in sent", lambda: [replace(update(), sent=(broken("b", math.nan).b, update().a))], e.NonFiniteError),
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@ import torch
 from lora_cases import randn
 
 from glora_server.aggregation import canonical_state, empty_state, readout
+from glora_server.aggregation.diagnostics import principal_angles
 from glora_server.aggregation.errors import OptionError, RankError, ScaleError
 from glora_server.aggregation.state import LayerState
 
@@ -104,3 +105,17 @@ def test_impossible_readouts_are_refused(rank: int, scale: float, error: type[Ex
 def test_unknown_style_is_refused() -> None:
     with pytest.raises(OptionError, match="balanced"):
         readout(state_with([1.0]), 1, 1.0, style="other")  # type: ignore[arg-type]  # that is the point
+
+
+def test_small_principal_angles_are_seen_beside_a_large_one() -> None:
+    d, rank, g = 512, 8, torch.Generator().manual_seed(0)
+    both = torch.linalg.qr(randn(g, d, 2 * rank)).Q
+    true = torch.tensor([1.0, *[1e-5] * (rank - 1)], dtype=torch.float64)
+    turned = both[:, :rank] * true.cos() + both[:, rank:] * true.sin()
+    turned = turned @ torch.linalg.qr(randn(g, rank, rank)).Q
+    right = torch.linalg.qr(randn(g, 64, rank)).Q.mT * torch.arange(rank, 0, -1)[:, None]
+    first, second = (canonical_state(u.float(), right.float(), rank=rank) for u in (both[:, :rank], turned))
+    found = principal_angles(first, second)
+    assert found is not None
+    assert found.largest == pytest.approx(1.0, abs=1e-6)
+    assert found.mean == pytest.approx(float(true.mean()), abs=2e-6)

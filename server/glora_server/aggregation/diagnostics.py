@@ -83,10 +83,11 @@ def principal_angles(previous: LayerState | None, current: LayerState) -> Princi
 
 
 def _sines(rest: Tensor) -> Tensor:
-    """Singular values of `rest`, rising; float32 columns are rounded to more than their Gram matrix loses."""
+    """Singular values of `rest`, rising; float32 columns are rounded to more than a float64 Gram matrix loses."""
     if rest.dtype == COMPUTE_DTYPE:
         return singular_values(rest).flip(0)
-    squares: Tensor = torch.linalg.eigvalsh((rest.mT @ rest).to(COMPUTE_DTYPE))
+    wide = rest.to(COMPUTE_DTYPE)
+    squares: Tensor = torch.linalg.eigvalsh(wide.mT @ wide)
     return squares.clamp(min=0).sqrt()
 
 
@@ -97,7 +98,9 @@ def client_diagnostics(
     frame, weights = terms.frame, terms.weights
     owns = [frame.coordinates(update).turned() for update in terms.updates]
     changes = owns if terms.changes == terms.updates else [frame.coordinates(change) for change in terms.changes]
-    norms, change_norms = [own.norm() for own in owns], [_norm_beyond_rounding(change) for change in changes]
+    norms = [own.norm() for own in owns]
+    raw_norms = norms if changes is owns else [change.norm() for change in changes]
+    change_norms = [_beyond_rounding(norm, change) for norm, change in zip(raw_norms, changes, strict=True)]
     cosines = _cosines_to_mean(terms, terms.updates, norms)
     change_cosines = cosines if changes is owns else _cosines_to_mean(terms, terms.changes, change_norms)
     records = []
@@ -118,9 +121,8 @@ def client_diagnostics(
     return tuple(records)
 
 
-def _norm_beyond_rounding(x: Coordinates) -> float:
-    """‖X‖_F, or 0 where terms cancel to nothing but rounding: an adapter that came back untouched."""
-    norm = x.norm()
+def _beyond_rounding(norm: float, x: Coordinates) -> float:
+    """`norm` of X, or 0 where terms cancel to nothing but rounding: an adapter that came back untouched."""
     return norm if norm > rounding_floor(x) else 0.0
 
 

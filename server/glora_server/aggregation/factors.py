@@ -238,9 +238,8 @@ def _check_finite(b: Tensor, a: Tensor, *, name: str) -> None:
 def _check_all_finite(updates: Sequence[ClientUpdate]) -> None:
     """Raise NonFiniteError for the first update with NaN or infinity; one answer from the device if there is none."""
     # Devices of one rank were sent the same tensors.
-    sent = {id(update.sent[0]): update.sent for update in updates if update.sent is not None}
-    factors = [factor for update in updates for factor in (update.b, update.a)]
-    factors += [factor for pair in sent.values() for factor in pair]
+    sent = {id(factor): factor for update in updates if update.sent is not None for factor in update.sent}
+    factors = [*(factor for update in updates for factor in (update.b, update.a)), *sent.values()]
     if bool(torch.isfinite(torch.stack([factor.sum() for factor in factors])).all()):
         return
     for position, update in enumerate(updates):

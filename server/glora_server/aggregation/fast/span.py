@@ -251,13 +251,20 @@ def _frame(groups: Sequence[Group]) -> Tensor:
     """Fᵀ (M×n×d), float64, group by group: U_Tᵀ, then the N_iᵀ."""
     parts = []
     for group in groups:
-        sizes, units = group.devices.shape, group.units
-        places = [(module, i) for module in range(sizes.modules) for i in range(sizes.devices)]
-        b, _ = group.devices.picked([place[0] for place in places], [place[1] for place in places])
-        wide = b.view(sizes.modules, sizes.devices, sizes.d, sizes.rank)
-        made = unit_columns(wide, units.lift, units.shift, units.u[:, None], precise=True)
+        units = group.units
+        b, _ = _factors(group)
+        made = unit_columns(b, units.lift, units.shift, units.u[:, None], precise=True)
         parts += [group.tail.u.mT, made.mT.flatten(1, 2)]
     return torch.cat(parts, dim=1)
+
+
+def _factors(group: Group) -> tuple[Tensor, Tensor]:
+    """All B_i (M×m×d×r) and A_i (M×m×r×n), copied."""
+    sizes = group.devices.shape
+    modules, devices = torch.cartesian_prod(torch.arange(sizes.modules), torch.arange(sizes.devices)).mT.tolist()
+    b, a = group.devices.picked(modules, devices)
+    leading = sizes.modules, sizes.devices
+    return b.view(*leading, sizes.d, sizes.rank), a.view(*leading, sizes.rank, sizes.n)
 
 
 def _vote_core(groups: Sequence[Group]) -> Tensor:
@@ -283,10 +290,7 @@ def _mean_core(groups: Sequence[Group]) -> Tensor:
     parts = []
     for group in groups:
         tail, share = group.tail, group.batch.share.sum(dim=1)[:, None, None]
-        sizes = group.devices.shape
-        places = [(module, i) for module in range(sizes.modules) for i in range(sizes.devices)]
-        _, a = group.devices.picked([place[0] for place in places], [place[1] for place in places])
-        weighted = group.weights * a.view(sizes.modules, sizes.devices, sizes.rank, sizes.n).double()
+        weighted = group.weights * _factors(group)[1].double()
         on_tail = (tail.v * tail.sigma[:, None]).mT * share + (group.cross @ weighted).sum(dim=1)
         parts += [on_tail, (group.fold @ weighted).flatten(1, 2)]
     right = torch.cat(parts, dim=1)
