@@ -38,7 +38,7 @@ async def ada(access: Access) -> None:
 
 async def audit(access: Access) -> tuple[AuditEntry, ...]:
     """Oldest first."""
-    return (await access.store.read(lambda uow: uow.audit.list(Page()))).items[::-1]
+    return (await access.store.read(lambda uow: uow.audit.list(Page(size=1000)))).items[::-1]
 
 
 async def refusal(access: Access, name: str, password: str, origin: str = "192.0.2.1") -> GloraError:
@@ -186,6 +186,21 @@ async def test_too_many_tries_are_told_when_to_try_again(access: Access, clock: 
     assert len(await audit(access)) == noted, "tries that are not looked at do not fill the audit"
     clock.now += limited.retry_after
     await access.sign_in("ada", PASSWORD, origin="192.0.2.1")
+
+
+@pytest.mark.usefixtures("ada")
+async def test_strangers_with_many_addresses_do_not_fill_the_audit(access: Access, clock: Clock) -> None:
+    for number in range(120):
+        await refusal(access, "ada" if number % 20 == 0 else f"nobody{number}", "wrong", f"192.0.2.{number}")
+    refused = [entry for entry in await audit(access) if entry.action == "session.refused"]
+    assert len(refused) == 100
+    assert {entry.details_json for entry in refused} == {'{"left_out_before": 0}'}
+    clock.now += 60.0
+    for _ in range(2):
+        await refusal(access, "ada", "wrong", "198.51.100.1")
+    refused = [entry for entry in await audit(access) if entry.action == "session.refused"]
+    assert len(refused) == 101
+    assert (refused[-1].origin, refused[-1].details_json) == ("198.51.100.1", '{"left_out_before": 20}')
 
 
 @pytest.mark.usefixtures("ada")

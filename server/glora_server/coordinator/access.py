@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Final
 
 import structlog
@@ -106,18 +105,23 @@ class Access(ApiTokenAdministration):
         given = normal_password(password[: MAX_PASSWORD + 1])
         right = await self.passwords.matches(None if user is None else user.password_hash, given)
         if user is None or not right or user.disabled:
-            # A name that is nobody's is not written down: people type passwords into the wrong field.
-            failed = replace(_NOBODY, name="" if user is None else user.name, origin=origin)
-            await self.store.write(partial(self._note, failed, "session.refused", failed.name))
-            self.observer.signed_in(SignIn.REFUSED)
-            log.info("sign_in_refused", user=failed.name, origin=origin)
+            await self._note_refusal(user, origin)
             raise _wrong()
         self.limits.succeeded(name, origin)
         self.observer.signed_in(SignIn.ACCEPTED)
         return user
 
-    def _note(self, actor: Principal, action: str, target: str, uow: UnitOfWork) -> None:
-        note(uow, actor, action, target, at=self.clock())
+    async def _note_refusal(self, user: User | None, origin: str) -> None:
+        """Count and log every refusal; the audit takes those that the limits let it take."""
+        # A name that is nobody's is not written down: people type passwords into the wrong field.
+        who = replace(_NOBODY, name="" if user is None else user.name, origin=origin)
+        self.observer.signed_in(SignIn.REFUSED)
+        log.info("sign_in_refused", user=who.name, origin=origin)
+        unwritten = self.limits.unwritten()
+        if unwritten is not None:
+            await self.store.write(
+                lambda uow: note(uow, who, "session.refused", who.name, at=self.clock(), left_out_before=unwritten)
+            )
 
     def _session(self, user: User, secret: str, origin: str) -> Session:
         now = self.clock()

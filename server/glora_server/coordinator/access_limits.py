@@ -18,6 +18,9 @@ from glora_wire.errors import GloraError, Reason
 _REMEMBERED: Final = 4096
 _V6_SITE: Final = 64
 """Who has one IPv6 address has the whole /64."""
+_WRITTEN_AT_ONCE: Final = 100
+_WRITTEN_SECONDS: Final = 60.0
+"""Refusals that the audit takes: so many at once, then one in so many seconds."""
 
 
 class TooSoonError(GloraError):
@@ -78,6 +81,8 @@ class SignInLimits:
         self._addresses = _Buckets(per_address, 6.0)
         self._users = _Buckets(per_user, 30.0)
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._written = _Buckets(_WRITTEN_AT_ONCE, _WRITTEN_SECONDS)
+        self._unwritten = 0
 
     def take(self, user: str, origin: str) -> None:
         """Count a try; raises TooSoonError, counting nothing, when there were too many."""
@@ -104,6 +109,19 @@ class SignInLimits:
         self._known.move_to_end((user, address))
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)
+
+    def unwritten(self) -> int | None:
+        """How many refusals the audit left out since the last that it took, if it takes another one; None: it does not.
+
+        One measure for all: a stranger has as many addresses and names as they like, and the database has an end.
+        """
+        now = self._clock()
+        if self._written.wait("", now) > 0:
+            self._unwritten += 1
+            return None
+        self._written.take("", now)
+        left_out, self._unwritten = self._unwritten, 0
+        return left_out
 
 
 def network_of(origin: str) -> str:
