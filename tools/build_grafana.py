@@ -82,14 +82,12 @@ def _chart(chart: Chart) -> timeseries.Panel:
         .description(chart.about)
         .datasource(_SOURCE)
         .unit(chart.unit)
-        .min(0)
-        .span(chart.width)
+        .min(chart.bottom)
+        .span(12)
         .height(8)
         .fill_opacity(30 if chart.stacked else 5)
         .legend(legend.display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM))
     )
-    if "consensus" in chart.title.lower():
-        panel.min(-1)
     if chart.top is not None:
         panel.max(chart.top)
     if chart.stacked:
@@ -106,11 +104,11 @@ def _number(number: Number) -> stat.Panel:
         .description(number.about)
         .datasource(_SOURCE)
         .unit(number.unit)
-        .span(number.width)
+        .span(4)
         .height(4)
         .graph_mode(BigValueGraphMode.AREA)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-        .with_target(_query(number.query, "A"))
+        .with_target(_query(Query(expr=number.expr, legend=""), "A"))
     )
     steps = [Threshold(value=None, color="green")]
     if number.bad is not None:

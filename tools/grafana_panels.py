@@ -26,7 +26,7 @@ class Chart:
     queries: tuple[Query, ...]
     unit: str = "short"
     stacked: bool = False
-    width: int = 12
+    bottom: float = 0
     top: float | None = None
 
 
@@ -36,11 +36,10 @@ class Number:
 
     title: str
     about: str
-    query: Query
+    expr: str
     unit: str = "short"
     bad: float | None = None
     low: bool = False
-    width: int = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +50,7 @@ class Section:
     panels: tuple[Chart | Number, ...]
 
 
-def one(expr: str, legend: str = "") -> tuple[Query, ...]:
+def one(expr: str, legend: str) -> tuple[Query, ...]:
     """The expression alone."""
     return (Query(expr=expr, legend=legend),)
 
@@ -61,12 +60,11 @@ def rate(name: str, by: str, legend: str) -> tuple[Query, ...]:
     return one(f"sum by ({by}) (rate({name}[{STEP}]))", legend)
 
 
-def quantiles(name: str, by: str = "", legend: str = "") -> tuple[Query, ...]:
+def quantiles(name: str, legend: str = "") -> tuple[Query, ...]:
     """What half and what 95 % of a histogram stay below."""
-    groups = f"le, {by}" if by else "le"
     return tuple(
         Query(
-            expr=f"histogram_quantile({share}, sum by ({groups}) (rate({name}_bucket[{STEP}])))",
+            expr=f"histogram_quantile({share}, sum by (le) (rate({name}_bucket[{STEP}])))",
             legend=f"{legend} {words}".strip(),
         )
         for share, words in ((0.5, "half"), (0.95, "95 %"))
