@@ -39,8 +39,7 @@ class TlsFiles:
         """The files that the settings ask for; None without encryption. Writes the authority's certificate."""
         if settings.tls == "own":
             (data_dir / CA_FILE).write_text(authority.certificate_pem, encoding="ascii")
-            pair = data_dir / "authority" / "server.pem"
-            return cls(pair, pair)
+            return cls(authority.server_file, authority.server_file)
         if settings.tls == "files":
             return cls(Path(settings.certificate).expanduser(), Path(settings.key).expanduser())
         return None

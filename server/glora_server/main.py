@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from typing import Final
 
 import structlog
 
@@ -64,6 +65,8 @@ from glora_server.telemetry.metrics import Metrics
 from glora_wire.errors import GloraError
 
 log = structlog.get_logger(__name__)
+
+_LOOK_AT_CERTIFICATE_SECONDS: Final = 86400.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +145,7 @@ class Server:
         await self._stack.enter_async_context(self._http(services, http_socket))
         await self._stack.enter_async_context(_background(self._warm_up(services)))
         await self._stack.enter_async_context(_background(self.metrics.watch(services)))
+        await self._stack.enter_async_context(_background(_renew_certificate(services.authority, self.grpc)))
 
     def _wire(self) -> Services:
         """The parts, each with what it needs."""
@@ -325,6 +329,17 @@ class _Health:
         worker = HealthCheck(name="worker", ok=bool(device), message=device or "the numerics worker is not running")
         ports = HealthCheck(name="ports", ok=self.grpc.port > 0, message=f"gRPC {self.grpc.port}")
         return database, worker, ports
+
+
+async def _renew_certificate(authority: FileAuthority, grpc: GrpcServers) -> None:
+    """Put another certificate in use long before the server's ends, until cancelled; HTTP watches the file itself."""
+    while True:
+        await asyncio.sleep(_LOOK_AT_CERTIFICATE_SECONDS)
+        try:
+            if await asyncio.to_thread(authority.renew_server):
+                grpc.renew_certificate()
+        except GloraError as error:
+            log.error("certificate_not_renewed", error=error.message)
 
 
 @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import socket
+import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from rpc_world import (
 )
 
 from glora.v1 import coordinator_pb2, coordinator_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc
+from glora_server import main
 from glora_server.coordinator.model import DeviceState
 from glora_server.security.authority import FileAuthority
 from glora_server.security.rate import RateLimiter
@@ -45,6 +47,12 @@ async def report(channel: grpc.aio.Channel) -> coordinator_pb2.ReportProgressRes
         return await coordinator_pb2_grpc.CoordinatorServiceStub(channel).ReportProgress(ACCEPTED, timeout=5)
 
 
+async def shown(world: World) -> list[str]:
+    """The server's certificate on both ports."""
+    ports = (world.servers.port, world.servers.enrolment_port)
+    return [await asyncio.to_thread(ssl.get_server_certificate, ("localhost", port)) for port in ports]
+
+
 async def test_enrolled_device_is_the_one_of_its_certificate(world: World) -> None:
     answer = await report(world.channel())
     assert not answer.cancelled
@@ -52,6 +60,40 @@ async def test_enrolled_device_is_the_one_of_its_certificate(world: World) -> No
     assert answer.sent_at.seconds > 1_600_000_000
     assert world.devices.called("accepted") == [("accepted", "d1", "a1")]
     assert world.observer.finished == [("ReportProgress", "OK")]
+
+
+async def test_a_renewed_certificate_is_shown_to_new_connections_and_open_ones_stay(world: World) -> None:
+    first = await shown(world)
+    async with world.channel() as channel:
+        stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+        await stub.ReportProgress(ACCEPTED, timeout=5)
+        world.authority.server_file.unlink()
+        assert world.authority.renew_server()
+        assert await shown(world) == first, "nobody said so yet"
+        world.servers.renew_certificate()
+        second = await shown(world)
+        assert not set(second) & set(first)
+        assert await shown(world) == second
+        await stub.ReportProgress(ACCEPTED, timeout=5)
+    assert not (await report(world.channel())).cancelled
+    with refused(Reason.SERVER_UNREACHABLE, grpc.StatusCode.UNAVAILABLE):
+        await report(world.anonymous())
+
+
+async def test_a_server_looks_after_its_certificate_also_after_trouble(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(main, "_LOOK_AT_CERTIFICATE_SECONDS", 0.01)
+    first, chain = await shown(world), world.authority.server_chain_pem
+    world.authority.server_file.chmod(0o644)
+    task = asyncio.create_task(main._renew_certificate(world.authority, world.servers))
+    await asyncio.sleep(0.2)
+    assert world.authority.server_chain_pem == chain, "a key that others may read is not used"
+    world.authority.server_file.unlink()
+    await eventually(lambda: len(world.servers._renewed) == 2)
+    assert not set(await shown(world)) & set(first)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
 
 
 async def test_without_certificate_nothing_is_served(world: World) -> None:

@@ -113,6 +113,20 @@ def test_changed_names_renew_the_server_certificate_and_keep_the_ca(tmp_path: Pa
     assert "a.example" not in names.get_values_for_type(x509.DNSName)
 
 
+def test_a_running_server_renews_its_certificate_near_its_end_only(tmp_path: Path) -> None:
+    clock = Clock()
+    authority = FileAuthority.open(tmp_path, now=clock)
+    first = authority.server_chain_pem
+    clock.at += timedelta(days=500).total_seconds()
+    assert not authority.renew_server()
+    assert authority.server_chain_pem == first
+    clock.at += timedelta(days=100).total_seconds()
+    assert authority.renew_server()
+    assert authority.server_chain_pem != first
+    assert FileAuthority.open(tmp_path, now=clock).server_chain_pem == authority.server_chain_pem
+    assert not authority.renew_server()
+
+
 def test_server_certificate_is_renewed_near_its_end_only(tmp_path: Path) -> None:
     clock = Clock()
     first = FileAuthority.open(tmp_path, now=clock)

@@ -67,6 +67,8 @@ class GrpcServers:
         self._running: list[tuple[grpc.aio.Server, health_aio.HealthServicer]] = []
         self._servicer: CoordinatorServicer | None = None
         self._ports = (0, 0)
+        self._renewed: dict[bool, grpc.ServerCertificateConfiguration] = {}
+        """What a port (mutual or not) takes with its next connection."""
 
     @property
     def port(self) -> int:
@@ -137,10 +139,23 @@ class GrpcServers:
         await server.start()
         self._running.append((server, health))
 
+    def renew_certificate(self) -> None:
+        """Show the identity's present certificate from the next connection on; open connections stay."""
+        self._renewed = {mutual: self._configuration(mutual) for mutual in (True, False)}
+        _log.info("grpc_certificate_renewed")
+
     def _credentials(self, *, mutual: bool) -> grpc.ServerCredentials:
+        # Asked before every handshake, in a thread of grpc's; None leaves everything as it is.
+        return grpc.dynamic_ssl_server_credentials(
+            self._configuration(mutual),
+            lambda: self._renewed.pop(mutual, None),  # type: ignore[arg-type]  # the stubs do not know of None
+            mutual,
+        )
+
+    def _configuration(self, mutual: bool) -> grpc.ServerCertificateConfiguration:
         pairs = [(self._identity.server_key_pem, self._identity.server_chain_pem)]
         roots = self._identity.certificate_pem.encode() if mutual else None
-        return grpc.ssl_server_credentials(pairs, roots, mutual)
+        return grpc.ssl_server_certificate_configuration(pairs, roots)
 
 
 def _server() -> grpc.aio.Server:

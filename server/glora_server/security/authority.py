@@ -1,7 +1,8 @@
 """The server's certificate authority, kept in a folder of its own.
 
     authority/ca.pem       key and certificate of the authority; made on the first start, never changed
-    authority/server.pem   key and certificate of the server; made anew when they near their end or the names change
+    authority/server.pem   key and certificate of the server; made anew when they near their end (also while the
+                           server runs) or the names change
 
 A key and its certificate share a file, so that a crash cannot part them. Who loses ca.pem must enrol every device
 again.
@@ -61,10 +62,19 @@ class FileAuthority:
     """Signs certificates for this server and its devices; see `coordinator.ports.Authority`."""
 
     def __init__(
-        self, authority: Issuer, server: _Pair, *, device_lifetime: timedelta, now: Callable[[], float]
+        self,
+        authority: Issuer,
+        server_file: Path,
+        names: tuple[x509.GeneralName, ...],
+        *,
+        device_lifetime: timedelta,
+        now: Callable[[], float],
     ) -> None:
         self._authority = authority
-        self._server = server
+        self.server_file = server_file
+        """Key and certificate of the server, PEM."""
+        self._names = names
+        self._server = _server_pair(server_file, authority, names, utc(now()))
         self._device_lifetime = device_lifetime
         self._now = now
 
@@ -83,11 +93,15 @@ class FileAuthority:
         """
         wanted = general_names([*LOCAL_NAMES, *_host_name(), *names])
         private_folder(folder)
-        moment = utc(now())
-        pair = _authority_pair(folder / "ca.pem", moment)
+        pair = _authority_pair(folder / "ca.pem", utc(now()))
         authority = Issuer(pair.key, pair.certificate)
-        server = _server_pair(folder / "server.pem", authority, wanted, moment)
-        return cls(authority, server, device_lifetime=device_lifetime, now=now)
+        return cls(authority, folder / "server.pem", wanted, device_lifetime=device_lifetime, now=now)
+
+    def renew_server(self) -> bool:
+        """Make the server's certificate anew when it nears its end; whether it did; raises DATA_DIR_UNUSABLE."""
+        before = self._server
+        self._server = _server_pair(self.server_file, self._authority, self._names, utc(self._now()))
+        return self._server.certificate != before.certificate
 
     @property
     def certificate_pem(self) -> str:
