@@ -114,7 +114,7 @@ def test_memory_is_bounded_and_the_longest_silent_is_forgotten() -> None:
     with pytest.raises(GloraError):
         limiter.check(f"ipv4:10.0.{999 // 250}.{999 % 250}:1")
     limiter.check("ipv4:10.0.0.0:1")
-    assert len(limiter._buckets) == 10
+    assert len(limiter._buckets._buckets) == 10
 
 
 @pytest.mark.parametrize(

@@ -42,12 +42,16 @@ class _Bucket:
     at: float
 
 
-class _Buckets:
-    """`burst` tries at once for each key, then one in `seconds`."""
+class Buckets:
+    """`burst` tries at once for each key, then one in `seconds`.
 
-    def __init__(self, burst: int, seconds: float) -> None:
+    Remembers `keys` of them; the one that was silent longest is forgotten (and starts with a full bucket).
+    """
+
+    def __init__(self, burst: int, seconds: float, keys: int = _REMEMBERED) -> None:
         self._burst = float(burst)
         self._seconds = seconds
+        self._keys = keys
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
 
     def wait(self, key: str, now: float) -> float:
@@ -68,7 +72,7 @@ class _Buckets:
         bucket.tries = min(self._burst, bucket.tries + max(0.0, now - bucket.at) / self._seconds)
         bucket.at = now
         self._buckets[key] = bucket
-        if len(self._buckets) > _REMEMBERED:
+        if len(self._buckets) > self._keys:
             self._buckets.popitem(last=False)
         return bucket
 
@@ -78,10 +82,10 @@ class SignInLimits:
 
     def __init__(self, clock: Callable[[], float], *, per_address: int = 10, per_user: int = 10) -> None:
         self._clock = clock
-        self._addresses = _Buckets(per_address, 6.0)
-        self._users = _Buckets(per_user, 30.0)
+        self._addresses = Buckets(per_address, 6.0)
+        self._users = Buckets(per_user, 30.0)
         self._known: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._written = _Buckets(_WRITTEN_AT_ONCE, _WRITTEN_SECONDS)
+        self._written = Buckets(_WRITTEN_AT_ONCE, _WRITTEN_SECONDS)
         self._unwritten = 0
 
     def take(self, user: str, origin: str) -> None:
