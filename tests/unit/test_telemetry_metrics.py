@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Final
@@ -61,6 +62,8 @@ def test_table_has_a_row_with_a_meaning_for_every_metric() -> None:
 def test_the_table_of_the_architecture_is_the_modules() -> None:
     text = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text(encoding="utf-8")
     assert metric_table() in text, "paste what glora_server.telemetry.names.metric_table() says"
+    rows = re.findall(r"^\| `(glora_\w+)` \|", text, flags=re.MULTILINE)
+    assert rows == [metric.name for metric in METRICS], "no row beside those of the table"
 
 
 def test_labels_are_bounded_and_only_gauges_name_a_run() -> None:
@@ -216,6 +219,14 @@ def test_each_step_of_an_assignment_is_timed_once() -> None:
     for phase, seconds in (("accept", 1.0), ("download", 2.0), ("train", 4.0), ("upload", 8.0), ("validate", 16.0)):
         assert value(metrics, "glora_phase_seconds_sum", phase=phase) == seconds
         assert value(metrics, "glora_phase_seconds_count", phase=phase) == 1
+
+
+def test_an_update_that_nobody_judged_is_not_timed_as_one_that_was() -> None:
+    metrics = Metrics()
+    received = replace(assignment("a", AssignmentPhase.RECEIVED), received_at=15.0)
+    closed = replace(received, phase=AssignmentPhase.EXPIRED, reason=Reason.ROUND_CLOSED, closed_at=31.0)
+    metrics.round_moved(round_of(RoundPhase.COLLECTING, received), round_of(RoundPhase.COLLECTING, closed))
+    assert value(metrics, "glora_phase_seconds_count", phase="validate") == 0
 
 
 def test_a_step_that_was_skipped_is_not_timed() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from typing import Final
 
 from prometheus_client import CollectorRegistry, PlatformCollector, ProcessCollector
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.types import ASGIApp
 
 from glora.v1 import coordinator_pb2, enrolment_pb2
+from glora_server.coordinator.history import stage_seconds
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.observer import SignIn
+from glora_server.coordinator.views_history import Stage
 from glora_server.rounds.assignment import OPEN, Assignment, AssignmentPhase
 from glora_server.rounds.ids import AssignmentId
 from glora_server.rounds.round import LIVE, Round, RoundPhase
@@ -26,6 +29,14 @@ _METHODS = tuple(
     for file, service in ((coordinator_pb2, "CoordinatorService"), (enrolment_pb2, "EnrolmentService"))
     for method in file.DESCRIPTOR.services_by_name[service].methods
 )
+_STEPS: Final = {
+    Stage.ACCEPTING: "accept",
+    Stage.DOWNLOADING: "download",
+    Stage.TRAINING: "train",
+    Stage.UPLOADING: "upload",
+    Stage.JUDGING: "validate",
+}
+_JUDGED: Final = frozenset({AssignmentPhase.ACCEPTED_UPDATE, AssignmentPhase.REJECTED})
 
 
 class Metrics:
@@ -69,7 +80,7 @@ class Metrics:
         for operation in ("read", "write"):
             for kind in ("full", "lost", "busy", "other"):
                 self._instruments.counter(names.DATABASE_ERRORS).labels(operation=operation, kind=kind)
-        for step in ("accept", "download", "train", "upload", "validate", "aggregate", "commit"):
+        for step in (*_STEPS.values(), "aggregate", "commit"):
             self._phase_seconds.labels(phase=step)
 
     def text(self) -> tuple[bytes, str]:
@@ -113,7 +124,7 @@ class Metrics:
 
     def _assignment_moved(self, was: Assignment, now: Assignment) -> None:
         for phase, seconds in _phases_ended(was, now):
-            self._phase_seconds.labels(phase=phase).observe(max(0.0, seconds))
+            self._phase_seconds.labels(phase=phase).observe(seconds)
         if was.phase not in OPEN or now.phase in OPEN:
             return
         reason = now.reason.value if now.reason else ""
@@ -156,18 +167,11 @@ class Metrics:
 
 def _phases_ended(was: Assignment, now: Assignment) -> Iterator[tuple[str, float]]:
     """Steps that ended between two states of an assignment, and how long each took."""
-    marks = (
-        ("accept", now.offered_at, was.accepted_at, now.accepted_at),
-        ("download", now.accepted_at, was.delivered_at, now.delivered_at),
-        ("train", now.delivered_at, was.upload_started_at, now.upload_started_at),
-        ("upload", now.upload_started_at, was.received_at, now.received_at),
-    )
-    for phase, begun, known, ended in marks:
-        if known is None and ended is not None and begun is not None:
-            yield phase, ended - begun
-    judged = now.phase in {AssignmentPhase.ACCEPTED_UPDATE, AssignmentPhase.REJECTED}
-    if judged and was.phase is not now.phase and now.received_at is not None and now.closed_at is not None:
-        yield "validate", now.closed_at - now.received_at
+    known = stage_seconds(was)
+    for stage, seconds in stage_seconds(now).items():
+        # What was not judged before its round ended is closed all the same.
+        if stage not in known and (stage is not Stage.JUDGING or now.phase in _JUDGED):
+            yield _STEPS[stage], seconds
 
 
 def _installed_version() -> str:
