@@ -44,17 +44,21 @@ def export(
     glora export demo --rank 8 --out adapter
     glora export demo --rank 4 --flavour serving --version 3 --out adapter-v3
     """
-    _require_room(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".glora-export-", dir=out.parent) as folder:
-        archive = Path(folder) / "adapter.zip"
-        headers = api.download(
-            at("runs", run, "export"), {"rank": rank, "flavour": flavour, "version_number": version}, archive
-        )
-        unpack(archive, Path(folder) / "adapter")
-        if out.exists():
-            out.rmdir()
-        shutil.move(Path(folder) / "adapter", out)
+    try:
+        _require_room(out)
+        folder = out.resolve()
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".glora-export-", dir=folder.parent) as beside:
+            archive, unpacked = Path(beside) / "adapter.zip", Path(beside) / "adapter"
+            headers = api.download(
+                at("runs", run, "export"), {"rank": rank, "flavour": flavour, "version_number": version}, archive
+            )
+            unpack(archive, unpacked)
+            unpacked.replace(folder)
+    except OSError as error:
+        raise GloraError(
+            Reason.REQUEST_INVALID, f"{out} cannot be written: {error}. Name another folder with --out."
+        ) from None
     record = ExportAnswer.model_validate_json(headers.get("x-glora-export", "{}"))
     if as_json:
         show_json(record)
@@ -89,7 +93,7 @@ def _malformed(what: str) -> GloraError:
 
 
 def _require_room(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or out.samefile(Path.cwd()) or any(out.iterdir())):
         raise GloraError(Reason.REQUEST_INVALID, f"{out} exists already; name a new or an empty folder with --out.")
 
 

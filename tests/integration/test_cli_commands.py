@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import IO, NamedTuple
 
 import pytest
 from command_line import Outcome, glora
@@ -164,6 +165,39 @@ def test_an_export_never_overwrites(command: Command, tmp_path: Path) -> None:
     assert command("export", "demo", "--rank", "8", "--out", str(tmp_path / "out"), "--json").code == 0
     again = command("export", "demo", "--rank", "8", "--out", str(tmp_path / "out"))
     assert (again.code, again.err) == (2, f"{tmp_path}/out exists already; name a new or an empty folder with --out.\n")
+
+
+def test_an_interrupted_export_leaves_no_half_folder(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "adapter"
+    there: list[list[str]] = []
+
+    def interrupted(_source: object, target: IO[bytes], _length: int) -> None:
+        target.write(b"half")
+        there.append([path.name for path in tmp_path.iterdir()])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("glora_cli.export_command.shutil", SimpleNamespace(copyfileobj=interrupted))
+    assert command("export", "demo", "--rank", "8", "--out", str(out)).code == 130
+    ((beside,),) = there
+    assert beside.startswith(".glora-export-"), "what a kill at this point would leave"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_to_where_nothing_can_be_written_is_refused(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    wrong = command("export", "demo", "--rank", "8", "--out", str(tmp_path / "file" / "adapter"))
+    assert wrong.code == 2
+    assert "cannot be written" in wrong.err
+    assert wrong.err.endswith("Name another folder with --out.\n")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert command("export", "demo", "--rank", "8", "--out", ".").code == 2, (
+        "a shell would stand in a folder that is gone"
+    )
 
 
 def test_watching_ends_well_when_the_run_completes(command: Command, fake: FakeServer) -> None:
