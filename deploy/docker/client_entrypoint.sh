@@ -1,6 +1,6 @@
 #!/bin/sh
-# A device that joins by itself, once, and works from then on. Arguments: those of `glora client run`, or another
-# command of `glora client` with its own. To join it needs
+# A device that joins by itself, once, and works from then on. Arguments: those of `glora client`; before its command
+# `run` it joins, for which it needs
 #   GLORA_SERVER        HOST or HOST:PORT
 #   GLORA_JOIN_TOKEN    or GLORA_JOIN_TOKEN_FILE, which may come later
 #   GLORA_DEVICE_NAME   default: the container's host name

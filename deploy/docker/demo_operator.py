@@ -57,13 +57,16 @@ def _main() -> None:
 
 
 def _write_rows() -> tuple[str, ...]:
-    """Write what every device holds; the labels."""
+    """Write what every device holds, once: devices may be reading it, and another Python has other rows; the labels."""
     split = split_rows(collect_corpus(), len(RANKS))
     rows = FOLDER / "rows"
-    rows.mkdir(exist_ok=True)
-    for rank, part in zip(RANKS, split.devices, strict=True):
-        write_rows(rows / f"rank-{rank}.jsonl", part)
-    write_rows(rows / "held-out.jsonl", split.held_out[:: max(1, len(split.held_out) // HELD_OUT_ROWS)])
+    if not rows.is_dir():
+        half = FOLDER / "rows.new"
+        half.mkdir(exist_ok=True)
+        for rank, part in zip(RANKS, split.devices, strict=True):
+            write_rows(half / f"rank-{rank}.jsonl", part)
+        write_rows(half / "held-out.jsonl", split.held_out[:: max(1, len(split.held_out) // HELD_OUT_ROWS)])
+        half.rename(rows)
     return split.labels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from glora_cli.demo_corpus import Row
 from glora_server.config import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +73,25 @@ def test_an_unknown_extra_is_named() -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 1
     assert "'sever'" in done.stderr
+
+
+def test_the_demo_deals_its_rows_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device may be reading its file when the composition is brought up again."""
+    spec = importlib.util.spec_from_file_location("demo_operator", DOCKER / "demo_operator.py")
+    assert spec is not None
+    assert spec.loader is not None
+    operator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(operator)
+    monkeypatch.setattr(operator, "FOLDER", tmp_path)
+    dealt = [
+        Row(f"{when} {label} {number}", label) for when in ("first", "later") for label in "ab" for number in range(200)
+    ]
+    for rows in (dealt[:400], dealt[400:]):
+        monkeypatch.setattr(operator, "collect_corpus", lambda rows=rows: rows)
+        assert operator._write_rows() == ("a", "b")
+    written = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "rows").iterdir()}
+    assert written.keys() == {"rank-2.jsonl", "rank-4.jsonl", "rank-8.jsonl", "held-out.jsonl"}
+    assert all("first" in text and "later" not in text for text in written.values())
 
 
 @pytest.fixture
