@@ -213,7 +213,7 @@ async def test_a_measurement_that_is_not_a_number_stays_one(store: SqlStore) -> 
     found = await store.read(lambda uow: uow.uploads.find(AssignmentId("a1")))
     assert found is not None
     assert math.isnan(found.training_loss)
-    (one,) = await store.read(lambda uow: uow.measurements.of_run(RunId("id-first")))
+    (one,) = (await store.read(lambda uow: uow.lists.measurements(RunId("id-first"), Page()))).items
     assert math.isnan(one.loss)
     assert one.accuracy == math.inf
 
@@ -227,11 +227,11 @@ async def test_measurements_replace_the_same_and_come_sorted(store: SqlStore) ->
     newer = measurement(rank=2, accuracy=0.9)
     await store.write(lambda uow: uow.measurements.put([newer]))
     await store.write(lambda uow: uow.measurements.put([]))
-    found = await store.read(lambda uow: uow.measurements.of_run(RunId("id-first")))
+    found = (await store.read(lambda uow: uow.lists.measurements(RunId("id-first"), Page()))).items
     assert [item.rank for item in found] == [2, 2, 8, 8]
     assert newer in found
     assert len(set(found)) == 4
-    assert await store.read(lambda uow: uow.measurements.of_run(RunId("other"))) == ()
+    assert (await store.read(lambda uow: uow.lists.measurements(RunId("other"), Page()))).items == ()
 
 
 async def test_what_is_owed_is_kept_until_it_is_done(store: SqlStore) -> None:

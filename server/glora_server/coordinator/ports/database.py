@@ -62,10 +62,6 @@ class Devices(Protocol):
         """Store last signs of life and profiles, whatever the row version."""
         ...
 
-    def list(self, page: Page) -> Listing[Device]:
-        """Devices in order of enrolment."""
-        ...
-
     def all(self) -> tuple[Device, ...]:
         """Every device that is not revoked."""
         ...
@@ -280,10 +276,6 @@ class Measurements(Protocol):
 
     def put(self, measurements: Sequence[Measurement]) -> None:
         """Store or replace by (assignment, phase, rank)."""
-        ...
-
-    def of_run(self, run_id: RunId) -> tuple[Measurement, ...]:
-        """All of the run, by version number, rank, device."""
         ...
 
 

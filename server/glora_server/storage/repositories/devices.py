@@ -85,11 +85,6 @@ class DeviceRepository:
         values = [{"device": device, "at": seen[device][0], "said": seen[device][1]} for device in sorted(seen)]
         self._session.connection.execute(statement, values)
 
-    def list(self, page: Page) -> Listing[Device]:
-        """Devices in order of enrolment."""
-        order = Order((DeviceRow.created_at, DeviceRow.id), (float, str), descending=False)
-        return page_of(self._session, columns_of(DeviceRow), order, page, lambda row: built(Device, row))
-
     def all(self) -> tuple[Device, ...]:
         """Every device that is not revoked, in order of enrolment."""
         statement = (

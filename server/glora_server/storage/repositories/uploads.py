@@ -79,19 +79,3 @@ class MeasurementRepository:
     def put(self, measurements: Sequence[Measurement]) -> None:
         """Store or replace by (assignment, phase, rank)."""
         put_rows(self._session, MeasurementRow, [values_of(item) for item in measurements])
-
-    def of_run(self, run_id: RunId) -> tuple[Measurement, ...]:
-        """All of the run, by version number, rank, device, and when it was measured."""
-        statement = (
-            columns_of(MeasurementRow)
-            .where(MeasurementRow.run_id == run_id)
-            .order_by(
-                MeasurementRow.version_number,
-                MeasurementRow.rank,
-                MeasurementRow.device_id,
-                MeasurementRow.measured_at,
-                MeasurementRow.phase,
-                MeasurementRow.assignment_id,
-            )
-        )
-        return tuple(built(Measurement, row) for row in self._session.rows(statement))
