@@ -308,7 +308,7 @@ class Server:
             active_runs=sum(run.phase is RunPhase.ACTIVE for run in uow.runs.active()),
             free_disk_bytes=disk.free,
             disk_bytes=disk.total,
-            worker_restarts=max(0, services.numerics.stats().restarts),
+            worker_restarts=services.numerics.stats().restarts,
         )
 
 

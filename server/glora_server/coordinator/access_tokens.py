@@ -19,7 +19,6 @@ PREFIX: Final = "glora-api-"
 """Every token begins with it, so that people and secret scanners know what they have found."""
 MAX_TOKENS: Final = 100
 MAX_TOKEN_SECONDS: Final = 5 * 366 * 86400.0
-_LOWEST: Final = min(Role, key=tuple(Role).index)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +37,7 @@ class ApiTokenAdministration(UserAdministration):
         actor: Principal,
         *,
         name: str,
-        role: Role = _LOWEST,
+        role: Role = Role.VIEWER,
         ttl_seconds: float | None = 90 * 86400.0,
         user: str | None = None,
     ) -> tuple[ApiTokenView, str]:

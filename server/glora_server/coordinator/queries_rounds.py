@@ -105,13 +105,8 @@ def run_view(uow: UnitOfWork, present: Present, run: Run) -> RunView:
     newest = uow.lists.newest_round(run.id)
     round_ = None if newest is None else round_view(uow, present, newest)
     evaluations = uow.lists.open_evaluations(run.id, SHOWN_EVALUATIONS)
-    seen = eligible(uow, present, run, RunSpec.from_json(run.spec_json))
-    return replace(
-        _run(uow, present, run, round_, SCORED_VERSIONS),
-        evaluations=present.assignment_views(uow, evaluations),
-        eligible_devices=seen[0],
-        online_devices=seen[1],
-    )
+    view = _run(uow, present, run, round_, SCORED_VERSIONS)
+    return replace(_staffed(uow, present, view), evaluations=present.assignment_views(uow, evaluations))
 
 
 def run_line(uow: UnitOfWork, present: Present, run: Run) -> RunView:
@@ -124,10 +119,7 @@ def run_line(uow: UnitOfWork, present: Present, run: Run) -> RunView:
         whole = replace(newest, assignments=shown)
         round_ = replace(plain, round=whole, assignments=present.assignment_views(uow, shown))
     view = _run(uow, present, run, round_, SCORED_IN_LISTS)
-    if run.phase in _ENDED:
-        return view
-    seen = eligible(uow, present, run, view.spec)
-    return replace(view, eligible_devices=seen[0], online_devices=seen[1])
+    return view if run.phase in _ENDED else _staffed(uow, present, view)
 
 
 def _run(uow: UnitOfWork, present: Present, run: Run, round_: RoundView | None, scored: int) -> RunView:
@@ -143,6 +135,11 @@ def _run(uow: UnitOfWork, present: Present, run: Run, round_: RoundView | None, 
         scores=scores(uow, run.id, number, scored),
         revision=present.hub.signals.revision(("run", run.id)),
     )
+
+
+def _staffed(uow: UnitOfWork, present: Present, view: RunView) -> RunView:
+    fit, online = eligible(uow, present, view.run, view.spec)
+    return replace(view, eligible_devices=fit, online_devices=online)
 
 
 def scores(uow: UnitOfWork, run_id: RunId, newest: int | None, most: int = SCORED_VERSIONS) -> tuple[RankScore, ...]:
