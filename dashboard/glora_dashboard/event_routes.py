@@ -7,19 +7,19 @@ long, or whose server was restarted, gets a "reset": read everything again that 
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Annotated, Final
 
 from fastapi import APIRouter, Header, Query
 from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from glora_dashboard.permission import least
+from glora_dashboard.places import Places
 from glora_dashboard.ports import Queries
 from glora_server.coordinator.feed import Batch, Change, ChangeKind
 from glora_server.coordinator.people import Role
-from glora_wire.errors import GloraError, Reason
 
 MEDIA_TYPE: Final = "text/event-stream"
 MOST_LISTENERS: Final = 500
@@ -30,30 +30,26 @@ _EXAMPLE: Final = (
 )
 
 
-class _Places:
-    """How many listeners there are; each may cost a task and a socket, and nothing else."""
+class _Stream(StreamingResponse):
+    """Events for one listener, whose place is free again however that ends, even before the first one is sent."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._taken = 0
+    def __init__(self, lines: AsyncIterator[str], places: Places) -> None:
+        super().__init__(lines, media_type=MEDIA_TYPE, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        self._places = places
 
-    @contextlib.contextmanager
-    def one(self) -> Iterator[None]:
-        if self._taken >= self._most:
-            raise GloraError(
-                Reason.TOO_MANY_REQUESTS, f"{self._taken} clients listen for events already; try again in a moment."
-            )
-        self._taken += 1
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until somebody goes away; raises TOO_MANY_REQUESTS."""
+        self._places.take()
         try:
-            yield
+            await super().__call__(scope, receive, send)
         finally:
-            self._taken -= 1
+            self._places.give_back()
 
 
 def event_routes(queries: Queries, *, most: int = MOST_LISTENERS, heartbeat: float = _HEARTBEAT_SECONDS) -> APIRouter:
     """The route of the events."""
     routes = APIRouter(tags=["events"])
-    places = _Places(most)
+    places = Places(most, "clients listen for events")
 
     @routes.get(
         "/events",
@@ -67,22 +63,18 @@ def event_routes(queries: Queries, *, most: int = MOST_LISTENERS, heartbeat: flo
         run: Annotated[str, Query(max_length=128, description="Only what concerns the run of this id.")] = "",
     ) -> StreamingResponse:
         """Changes of runs, rounds and devices as they happen, at most two batches a second; never ends by itself."""
-        place = contextlib.ExitStack()
-        place.enter_context(places.one())
         batches = queries.events(last_event_id or after, heartbeat=heartbeat)
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_lines(batches, run, place), media_type=MEDIA_TYPE, headers=headers)
+        return _Stream(_lines(batches, run), places)
 
     return routes
 
 
-async def _lines(batches: AsyncIterator[Batch], run: str, place: contextlib.ExitStack) -> AsyncIterator[str]:
-    with place:
-        yield f"retry: {_RECONNECT_MILLISECONDS}\n\n"
-        async for batch in batches:
-            wanted = [change for change in batch.changes if _concerns(change, run)]
-            # The place is that of the whole batch: what was left out by `run` is not asked for again either.
-            yield "".join(_event(change, batch.place) for change in wanted) or ": still here\n\n"
+async def _lines(batches: AsyncIterator[Batch], run: str) -> AsyncIterator[str]:
+    yield f"retry: {_RECONNECT_MILLISECONDS}\n\n"
+    async for batch in batches:
+        wanted = [change for change in batch.changes if _concerns(change, run)]
+        # The place is that of the whole batch: what was left out by `run` is not asked for again either.
+        yield "".join(_event(change, batch.place) for change in wanted) or ": still here\n\n"
 
 
 def _concerns(change: Change, run: str) -> bool:

@@ -16,32 +16,13 @@ from starlette.types import Receive, Scope, Send
 
 from glora_dashboard.bodies import ExportOrder, Name
 from glora_dashboard.permission import Operator
+from glora_dashboard.places import Places
 from glora_dashboard.ports import Commands
 from glora_dashboard.run_models import ExportAnswer
 from glora_server.coordinator.views import ExportRecord
-from glora_wire.errors import GloraError, Reason
 
 MOST_AT_ONCE: Final = 4
 """Exports that are made or sent at the same time: each has a whole adapter in the data folder, twice for a moment."""
-
-
-class _Places:
-    """How many exports go on."""
-
-    def __init__(self, most: int) -> None:
-        self._left = most
-
-    def take(self) -> None:
-        """Begin one; raises TOO_MANY_REQUESTS."""
-        if not self._left:
-            raise GloraError(
-                Reason.TOO_MANY_REQUESTS, f"{MOST_AT_ONCE} exports are going on already; try again in a moment."
-            )
-        self._left -= 1
-
-    def give_back(self) -> None:
-        """One is over."""
-        self._left += 1
 
 
 class _Archive(FileResponse):
@@ -66,7 +47,7 @@ class _Archive(FileResponse):
 def export_routes(commands: Commands, work_dir: Path) -> APIRouter:
     """The route that exports; `work_dir` holds the archive while it is being sent."""
     routes = APIRouter(prefix="/runs", tags=["exports"])
-    places = _Places(MOST_AT_ONCE)
+    places = Places(MOST_AT_ONCE, "exports are going on")
 
     @routes.post("/{name}/export", response_class=FileResponse, responses={200: {"content": {"application/zip": {}}}})
     async def export(actor: Operator, name: Name, body: ExportOrder) -> FileResponse:

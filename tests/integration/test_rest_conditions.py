@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from access_http import Site, site
 from fake_answers import MemoryAnswers
+from fake_server import FakeServer
+from fastapi import FastAPI
+from people_cases import principal
 from starlette.testclient import TestClient
+from starlette.types import Message
 
-from glora_dashboard.event_routes import _Places
-from glora_server.coordinator.feed import ChangeKind, Feed
+from glora_dashboard.event_routes import event_routes
+from glora_dashboard.problems import add_problem_handlers
+from glora_server.coordinator.feed import Batch, ChangeKind, Feed
 from glora_server.coordinator.model import DeviceState
-from glora_wire.errors import GloraError, Reason
+from glora_server.coordinator.people import Role
 
 RANK = "/api/v1/devices/pi-1/rank"
 
@@ -229,14 +234,46 @@ def test_the_stream_is_made_of_server_sent_events(client: TestClient, web: Site)
     assert "event: reset" in client.get("/api/v1/events", headers={"Last-Event-ID": "gone-7"}).text
 
 
-def test_only_so_many_may_listen() -> None:
-    places = _Places(1)
-    with places.one():
-        with pytest.raises(GloraError) as raised, places.one():
-            raise AssertionError("there was no place")
-        assert raised.value.reason is Reason.TOO_MANY_REQUESTS
-    with places.one():
-        pass
+class EndlessEvents(FakeServer):
+    async def events(self, after: str = "", *, heartbeat: float = 15.0) -> AsyncIterator[Batch]:
+        async for batch in self.feed.follow(after, heartbeat=heartbeat):
+            yield batch
+
+
+async def test_only_so_many_may_listen_and_who_goes_at_once_leaves_the_place() -> None:
+    app = FastAPI()
+    add_problem_handlers(app)
+    app.include_router(event_routes(EndlessEvents(), most=1))
+    path = {"type": "http", "method": "GET", "path": "/events", "query_string": b"", "headers": []}
+    started: asyncio.Queue[int] = asyncio.Queue()
+
+    async def listen(until: asyncio.Event) -> None:
+        async def receive() -> Message:
+            await until.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            await asyncio.sleep(0)  # a socket that takes no more for now
+            if message["type"] == "http.response.start":
+                started.put_nowait(message["status"])
+
+        await app({**path, "state": {"principal": principal("vera", Role.VIEWER)}}, receive, send)
+
+    now, later = asyncio.Event(), asyncio.Event()
+    now.set()
+    await listen(now)
+    listening = asyncio.create_task(listen(later))
+    assert await asyncio.wait_for(started.get(), 5.0) == 200
+    await listen(later)
+    assert started.get_nowait() == 429
+    later.set()
+    await listening
+    await asyncio.wait_for(listen(now), 5.0)
+    assert started.empty(), "gone before the first byte"
+    again = asyncio.create_task(listen(asyncio.Event()))
+    assert await asyncio.wait_for(started.get(), 5.0) == 200
+    again.cancel()
+    await asyncio.gather(again, return_exceptions=True)
 
 
 def test_devices_can_be_filtered(client: TestClient) -> None:
