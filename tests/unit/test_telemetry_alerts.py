@@ -6,7 +6,17 @@ from pathlib import Path
 from typing import Final
 
 import pytest
-from promtool import DEPLOY, RULES, alert_expressions, promtool, series_in
+from promtool import (
+    DEPLOY,
+    RULES,
+    alert_blocks,
+    alert_expressions,
+    base_of,
+    labels_left,
+    promtool,
+    series_in,
+    unknown_labels,
+)
 
 from glora_server.telemetry.names import METRICS
 
@@ -49,7 +59,7 @@ def test_every_alert_is_tested_both_ways_and_has_a_runbook(alert: str) -> None:
     assert asked in tests
     assert "exp_samples: []" in tests, "when it is quiet"
     assert re.search(r"exp_samples: \[\{", tests), "when it fires"
-    block = RULES.read_text(encoding="utf-8").split(f"- alert: {alert}\n")[1].split("- alert:")[0]
+    block = alert_blocks()[alert]
     assert re.search(r"severity: (critical|warning|info)", block)
     assert "summary: " in block
     assert "description: " in block
@@ -60,6 +70,13 @@ def test_every_alert_is_tested_both_ways_and_has_a_runbook(alert: str) -> None:
 def test_alerts_ask_for_metrics_that_there_are() -> None:
     names = {metric.name for metric in METRICS} | {"up"}
     for alert, expression in alert_expressions().items():
-        asked = {re.sub(r"_(bucket|sum|count)$", "", name) for name in series_in(expression)}
+        asked = {base_of(name) for name in series_in(expression)}
         assert asked, alert
         assert asked <= names, alert
+
+
+def test_every_label_in_an_alert_or_its_text_is_one_that_the_series_has() -> None:
+    blocks = alert_blocks()
+    for alert, expression in alert_expressions().items():
+        assert unknown_labels(expression) == set(), alert
+        assert set(re.findall(r"\$labels\.(\w+)", blocks[alert])) <= labels_left(expression), alert

@@ -1,13 +1,14 @@
 """The dashboards of deploy/grafana: fresh, and every expression one that Prometheus understands."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Final
 
 import pytest
-from promtool import DEPLOY, expressions, promtool, series_in
+from promtool import DEPLOY, expressions, labels_left, labels_of, promtool, queries, series_in, unknown_labels
 
 from glora_server.telemetry.names import METRICS, Kind
 
@@ -40,6 +41,21 @@ def test_prometheus_understands_every_expression(path: Path, tmp_path: Path) -> 
     # JSON is YAML.
     written.write_text(json.dumps({"groups": [{"name": "panels", "rules": rules}]}))
     assert f"{len(rules)} rules found" in promtool("check", "rules", written)
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_every_label_in_an_expression_or_a_legend_is_one_that_the_series_has(path: Path) -> None:
+    for expression, legend in queries(path):
+        assert unknown_labels(expression) == set(), expression
+        assert set(re.findall(r"\{\{(\w+)", legend)) <= labels_left(expression), f"{legend} of {expression}"
+
+
+def test_runs_are_listed_by_a_label_that_there_is() -> None:
+    variables = json.loads(DASHBOARDS[0].read_text())["templating"]["list"]
+    found = [re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]) for variable in variables]
+    asked = [match.groups() for match in found if match]
+    assert asked == [("glora_run_version", "run")]
+    assert all(label in labels_of(series) for series, label in asked)
 
 
 def test_every_metric_has_a_panel() -> None:
