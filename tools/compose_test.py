@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -167,8 +167,8 @@ class ComposeTest:
         wait_for("Prometheus scrapes the server", lambda: self.site.metric('up{job="glora"}') == 1, 2 * _MINUTES)
         committed = 'sum(glora_rounds_total{outcome="committed"})'
         wait_for("Prometheus has the rounds", lambda: (self.site.metric(committed) or 0) > 0, 2 * _MINUTES)
-        devices = self.site.metric("count({__name__=~'glora_.+'})")
-        say(f"Prometheus scrapes /metrics with its token: {devices:.0f} series, rounds among them")
+        series = self.site.metric("count({__name__=~'glora_.+'})")
+        say(f"Prometheus scrapes /metrics with its token: {series:.0f} series, rounds among them")
 
     def _check_grafana(self) -> None:
         wait_for("Grafana answers", lambda: '"ok"' in self.site.grafana_health().replace(" ", ""), 2 * _MINUTES)
@@ -255,7 +255,7 @@ def _guarded(test: ComposeTest, images: Images, *, keep: bool) -> int:
             images.remove()
 
 
-def _main(say_to: Callable[[str], None]) -> int:
+def _main() -> int:
     parser = argparse.ArgumentParser(description="Build and run the composition, and look whether it works.")
     parser.add_argument("--keep", action="store_true", help="leave containers, volumes and images")
     parser.add_argument("--no-build", action="store_true", help="take the images that an earlier --keep left")
@@ -264,8 +264,8 @@ def _main(say_to: Callable[[str], None]) -> int:
     keep = bool(options.keep)
     try:
         engine = Engine.find()
-        say_to(f"with {engine.program}")
-        images = Images.of(engine, say_to)
+        say(f"with {engine.program}")
+        images = Images.of(engine, say)
         try:
             variables = images.prepare(build=not options.no_build)
         except BaseException:
@@ -273,13 +273,13 @@ def _main(say_to: Callable[[str], None]) -> int:
                 images.remove()
             raise
     except NoEngineError as error:
-        say_to(str(error))
+        say(str(error))
         return 3
     except TestFailedError as error:
-        say_to(f"FAILED: {error}")
+        say(f"FAILED: {error}")
         return 1
     return _guarded(ComposeTest(engine=engine, site=Site.choose(), images=variables), images, keep=keep)
 
 
 if __name__ == "__main__":
-    sys.exit(_main(say))
+    sys.exit(_main())
