@@ -20,7 +20,8 @@ from glora_server.coordinator.history import (
     stage_seconds,
     with_outliers,
 )
-from glora_server.coordinator.model import Page
+from glora_server.coordinator.messages import EvaluationRecord
+from glora_server.coordinator.model import MetricPhase, Page
 from glora_server.coordinator.queries_plots import evenly
 from glora_server.coordinator.scores import spread_of, version_scores
 from glora_server.coordinator.views_history import Contribution, Outcome, Stage, reliability
@@ -178,6 +179,37 @@ def test_points_are_left_out_evenly_and_the_newest_stays(last: int, most: int) -
     assert numbers[-1] == last
     assert len(numbers) <= most or most == 1
     assert all(b - a == step for a, b in itertools.pairwise(numbers))
+
+
+async def test_what_is_measured_while_a_round_goes_on_is_summed_up_when_it_ends(tmp_path: Path) -> None:
+    item = EvaluationRecord(phase=MetricPhase.AFTER, rank=4, loss=0.5, accuracy=0.75, rows=10, seconds=0.1)
+    async with a_world(tmp_path) as world:
+        phones = [await world.phone(name) for name in "ab"]
+        run = await world.start_run(quorum=2, target_devices=2, rounds=1)
+        offers = await asyncio.gather(*(phone.offer() for phone in phones))
+
+        async def push(place: int) -> None:
+            phone, offer = phones[place], offers[place]
+            assert (await phone.push(offer, phone.train(offer))).state == "accepted"
+
+        async def report(place: int) -> None:
+            await world.now.devices.measured(
+                await phones[place].me(), offers[place].assignment.id, [item], complete=False
+            )
+
+        async def devices() -> list[int]:
+            found = await world.read(lambda uow: uow.history.scores(run.id, [0]))
+            return [score.devices for score in found if score.phase is MetricPhase.AFTER]
+
+        await push(0)
+        await report(0)
+        assert await devices() == [], "a thousand devices would each read what the others measured"
+        assert [score.devices for score in (await world.run()).scores] == [1], "it can be seen at once all the same"
+        await push(1)
+        await world.until(run.id, lambda uow: uow.runs.get(run.id).rounds_done == 1)
+        assert await devices() == [1]
+        await report(1)
+        assert await devices() == [2]
 
 
 async def test_a_whole_round_is_remembered(tmp_path: Path) -> None:

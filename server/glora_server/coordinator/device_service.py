@@ -45,7 +45,7 @@ from glora_server.rounds.assignment import (
     Prolong,
 )
 from glora_server.rounds.ids import AssignmentId
-from glora_server.rounds.round import Moved
+from glora_server.rounds.round import LIVE, Moved
 from glora_wire.digests import Digest
 from glora_wire.errors import GloraError, Reason, Refusal
 
@@ -227,8 +227,9 @@ class DeviceService:
                 for item in evaluations
             ]
         )
-        if assignment.round_id is None or not assignment.is_open:
-            # What comes in while a round goes on is counted when it ends (coordinator/history.py).
+        newest = uow.lists.newest_round(assignment.run_id)
+        if newest is None or newest.id != assignment.round_id or newest.phase not in LIVE:
+            # What comes in while its round goes on is counted when that ends (coordinator/history.py).
             uow.history.rescore(assignment.run_id, version.number)
         return assignment
 
