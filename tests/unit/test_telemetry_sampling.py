@@ -13,8 +13,9 @@ import pytest_asyncio
 from storage_records import assignment, device, round_, run, together, version
 
 from glora_server.coordinator.hub import Hub
-from glora_server.coordinator.model import DeviceState, ModuleDiagnostics, Profile
+from glora_server.coordinator.model import DeviceState, MetricPhase, ModuleDiagnostics, Profile
 from glora_server.coordinator.ports import UnitOfWork
+from glora_server.coordinator.quality import quality_of
 from glora_server.coordinator.upload_session import Places
 from glora_server.rounds.assignment import AssignmentPhase
 from glora_server.rounds.ids import DeviceId, RunId, VersionId
@@ -243,6 +244,34 @@ def test_no_more_runs_than_the_bound_have_series_and_the_newest_do(monkeypatch: 
     assert 'run="old"' not in text
     assert 'run="newer"' in text
     assert 'run="newest"' in text
+
+
+def test_what_was_not_measured_of_the_newest_version_is_not_shown_of_an_older_one() -> None:
+    metrics = Metrics()
+    gauges = runs_module.RunGauges(metrics._instruments)
+    measured = runs_module.RunSample(
+        name="first",
+        version_number=1,
+        wait_seconds=0,
+        overdue_seconds=0,
+        updates=0,
+        quorum=1,
+        quality=quality_of([{"captured_energy": 0.75}]),
+        scores=(
+            runs_module.PhaseScore(phase=MetricPhase.BEFORE, loss=1.5, accuracy=0.25),
+            runs_module.PhaseScore(phase=MetricPhase.VERSION, loss=1.0, accuracy=0.5),
+        ),
+    )
+    gauges.show([measured])
+    assert value(metrics, "glora_model_loss", run="first", phase="version") == 1.0
+    assert value(metrics, "glora_captured_energy_ratio", run="first", stat="mean") == 0.75
+    gauges.show([replace(measured, version_number=2, quality=quality_of([{}]), scores=measured.scores[:1])])
+    text = metrics.text()[0].decode()
+    assert value(metrics, "glora_model_accuracy_ratio", run="first", phase="before") == 0.25
+    assert 'phase="version"' not in text
+    assert "glora_captured_energy_ratio{" not in text
+    gauges.show([])
+    assert 'run="first"' not in metrics.text()[0].decode()
 
 
 async def test_sampling_outlives_a_database_that_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

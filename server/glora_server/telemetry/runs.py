@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from prometheus_client import Gauge
 
 from glora_server.coordinator.model import MetricPhase
-from glora_server.coordinator.quality import Quality, Spread
+from glora_server.coordinator.quality import Quality, quality_of
 from glora_server.coordinator.views_history import VersionScore
 from glora_server.telemetry import names
 from glora_server.telemetry.instruments import Instruments
 
 MAX_RUNS: Final = 100
 """Runs with series of their own: with more, the newest."""
+_NOTHING: Final = quality_of(())
 _STATS: Final = {"mean": "mean", "least": "min", "largest": "max"}
 
 
@@ -80,24 +81,31 @@ class RunGauges:
     def _show(self, run: RunSample) -> None:
         for name, gauge in self._numbers.items():
             gauge.labels(run=run.name).set(getattr(run, name))
-        if run.quality is not None:
-            for name, gauge in self._qualities.items():
-                spread: Spread = getattr(run.quality, name)
-                _set_spread(gauge, run.name, spread)
-        for score in run.scores:
-            self._loss.labels(run=run.name, phase=score.phase.value).set(score.loss)
-            self._accuracy.labels(run=run.name, phase=score.phase.value).set(score.accuracy)
+        self._show_measured(run.name, run.quality or _NOTHING, run.scores)
+
+    def _show_measured(self, name: str, quality: Quality, scores: Sequence[PhaseScore]) -> None:
+        for measure, gauge in self._qualities.items():
+            spread = getattr(quality, measure)
+            for item, stat in _STATS.items():
+                _put(gauge, (name, stat), getattr(spread, item))
+        by_phase = {score.phase: score for score in scores}
+        for phase in MetricPhase:
+            score = by_phase.get(phase)
+            _put(self._loss, (name, phase.value), score.loss if score else math.nan)
+            _put(self._accuracy, (name, phase.value), score.accuracy if score else math.nan)
 
     def _remove(self, name: str) -> None:
-        for gauge in (*self._numbers.values(), *self._qualities.values(), self._loss, self._accuracy):
-            gauge.remove_by_labels({"run": name})
+        for gauge in self._numbers.values():
+            gauge.remove(name)
+        self._show_measured(name, _NOTHING, ())
 
 
-def _set_spread(gauge: Gauge, run: str, spread: Spread) -> None:
-    """Set what is a number; a series that would say NaN is left out, so that alerts need not mind it."""
-    for item, value in zip(fields(Spread), astuple(spread), strict=True):
-        if not math.isnan(value):
-            gauge.labels(run=run, stat=_STATS[item.name]).set(value)
+def _put(gauge: Gauge, labels: tuple[str, str], value: float) -> None:
+    """Set a series; one that would say NaN goes, so that alerts need not mind it and nothing old is taken for new."""
+    if math.isnan(value):
+        gauge.remove(*labels)
+    else:
+        gauge.labels(*labels).set(value)
 
 
 def newest_scores(scores: Sequence[VersionScore]) -> tuple[PhaseScore, ...]:
