@@ -14,6 +14,7 @@ from typing import Final
 
 from glora_server.coordinator.model import Upload
 from glora_server.coordinator.ports import UnitOfWork
+from glora_server.coordinator.quality import Values, effective_rank
 from glora_server.coordinator.scores import spread_of
 from glora_server.coordinator.views_history import (
     Contribution,
@@ -29,7 +30,6 @@ from glora_server.rounds.ids import DeviceId, VersionId
 from glora_server.rounds.round import LIVE, Round
 from glora_wire.errors import Reason
 
-Values = Mapping[str, object]
 SPECTRUM: Final = 16
 """Eigenvalues that are remembered of each module."""
 OUTLIER_DEVIATION: Final = 3.5
@@ -161,7 +161,7 @@ def module_figures(name: str, values: Values) -> ModuleFigures:
         captured_energy=_finite(values.get("captured_energy")),
         truncation_error=_finite(values.get("truncation_error")),
         mean_norm=_finite(values.get("mean_norm")),
-        effective_rank=math.exp(-math.fsum(s * math.log(s) for s in shares if s > 0)) if shares else None,
+        effective_rank=_finite(effective_rank(eigenvalues)),
     )
 
 

@@ -72,7 +72,12 @@ def _effective_rank(values: Values) -> float:
     sigma = values.get("sigma")
     if not isinstance(sigma, Sequence):
         return math.nan
-    known = [value for value in map(_number, sigma) if value > 0]
+    return effective_rank(map(_number, sigma))
+
+
+def effective_rank(weights: Iterable[float]) -> float:
+    """exp of the entropy of the weights as shares of their sum; those that are not above 0 do not count; NaN: none."""
+    known = [value for value in weights if value > 0]
     total = math.fsum(known)
     return math.exp(-math.fsum(s / total * math.log(s / total) for s in known)) if known else math.nan
 
