@@ -147,7 +147,7 @@ def test_server_certificate_of_another_ca_is_replaced(tmp_path: Path) -> None:
 
 
 def test_bad_public_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(GloraError, match=r"grpc\.public_names.*https://x") as caught:
+    with pytest.raises(GloraError, match=r"grpc\.public_names or http\.public_names.*https://x") as caught:
         FileAuthority.open(tmp_path, ["https://x"])
     assert caught.value.reason is Reason.SETTINGS_INVALID
 
