@@ -106,6 +106,7 @@ BOUNDS: dict[str, tuple[Question, int]] = {
     "live round": (lambda q: q.round(MAIN, SIZE.rounds + 1), 420),
     "assignments": (lambda q: q.assignments(MAIN, SIZE.rounds + 1, PAGE), 30),
     "devices": (lambda q: q.devices(PAGE), 60),
+    "device lines": (lambda q: q.device_lines(PAGE), 80),
     "device": (lambda q: q.device_detail("pi-0012"), 80),
     "device history": (lambda q: q.device_history("pi-0012", PAGE), 60),
     "audit": (lambda q: q.audit(PAGE), 25),
