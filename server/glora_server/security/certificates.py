@@ -85,8 +85,8 @@ def _general_name(name: str) -> x509.GeneralName:
     if not name.isascii() or not all(label.replace("-", "").replace("_", "").isalnum() for label in labels):
         raise GloraError(
             Reason.SETTINGS_INVALID,
-            f"grpc.public_names or http.public_names: {name!r} is neither an IP address nor a host name (without a port; "
-            "names with other letters in their xn-- form).",
+            f"grpc.public_names or http.public_names: {name!r} is neither an IP address nor a host name (without a "
+            "port; names with other letters in their xn-- form).",
             name=name,
         )
     return x509.DNSName(name.lower())
