@@ -7,13 +7,9 @@ complains on its console, asks anybody but its server, or is wider than its wind
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,19 +17,12 @@ from urllib.parse import urlsplit
 
 from playwright.sync_api import Browser, BrowserContext, Page, StorageState, sync_playwright
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+
+from chromium import Served, launch, synthetic
+
 ROOT: Final = Path(__file__).resolve().parents[1]
-CHROMIUM: Final = os.environ.get("GLORA_CHROMIUM", "/usr/bin/chromium")
-BROWSER_ARGS: Final = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 RUN: Final = "news-topics"
-_FIRST_LINE: Final = re.compile(r"(http://\S+)\s+user (\S+), password (\S+)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,15 +34,6 @@ class Look:
     height: int
     dark: bool = False
     scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Served:
-    """A server and how to sign in there."""
-
-    url: str
-    user: str
-    password: str
 
 
 LOOKS: Final = (
@@ -78,22 +58,6 @@ PAGES: Final = {
     "missing": "/no/such/page",
 }
 """Every page by the name of its picture; braces are filled with what the federation has."""
-
-
-@contextlib.contextmanager
-def synthetic(folder: Path, *, devices: int, rounds: int) -> Iterator[Served]:
-    """A synthetic federation, served while the context is open."""
-    command = [sys.executable, str(ROOT / "tools" / "synthetic_server.py"), str(folder), "--port", "0"]
-    command += ["--devices", str(devices), "--rounds", str(rounds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            found = next((match for line in process.stdout if (match := _FIRST_LINE.search(line))), None)
-            if found is None:
-                raise RuntimeError(f"the synthetic server ended with {process.wait()} before it served")
-            yield Served(url=found[1], user=found[2], password=found[3])
-        finally:
-            process.terminate()
 
 
 class Photographer:
@@ -202,7 +166,7 @@ def main() -> None:
         synthetic(Path(folder) / "data", devices=given.devices, rounds=given.rounds) as served,
         sync_playwright() as playwright,
     ):
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(BROWSER_ARGS))
+        browser = launch(playwright)
         photographer = Photographer(browser, served, given.out)
         for look in LOOKS:
             if look.name in given.looks:

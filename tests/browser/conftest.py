@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from chromium import CHROMIUM, Served, launch, synthetic
 from federation import LIVE, Federation
 from live_site import add_people, live_site
 from playwright.sync_api import Browser, Playwright, sync_playwright
-from visitor import Visitor
-
-CHROMIUM = Path(os.environ.get("GLORA_CHROMIUM", "/usr/bin/chromium"))
-_ARGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+from visitor import Desk, Visitor
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,7 +30,7 @@ def playwright_() -> Iterator[Playwright]:
 
 @pytest.fixture(scope="session")
 def browser(playwright_: Playwright) -> Iterator[Browser]:
-    launched = playwright_.chromium.launch(executable_path=str(CHROMIUM), args=list(_ARGS))
+    launched = launch(playwright_)
     yield launched
     launched.close()
 
@@ -62,10 +51,23 @@ def bare_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
         yield federation
 
 
+@pytest.fixture(scope="session")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """160 devices, and a round with most of them that goes on."""
+    with synthetic(tmp_path_factory.mktemp("crowd") / "data", devices=160, rounds=30) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def desk(browser: Browser) -> Desk:
+    """The windows of every user, shared by all tests."""
+    return Desk(browser)
+
+
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Visitor]:
+def visit(desk: Desk) -> Iterator[Visitor]:
     """Opens pages; the test fails when one complained, or asked somebody else than its server."""
-    visitor = Visitor(browser)
+    visitor = Visitor(desk)
     yield visitor
     problems = visitor.close()
     assert not problems, "\n".join(problems)

@@ -7,7 +7,7 @@ import re
 from federation import Federation
 from live_site import RUN
 from playwright.sync_api import Locator, Page, expect
-from visitor import Visitor, until_live
+from visitor import Visitor, act, pick, until_live
 
 from glora_dashboard.models import DeviceAnswer
 from glora_server.coordinator.model import DeviceState
@@ -23,15 +23,6 @@ def waiting(site: Federation, *names: str) -> None:
 
 def rows(page: Page) -> Locator:
     return page.get_by_role("region", name="Devices", exact=True).locator("tbody tr")
-
-
-def pick(page: Page, field: str, choice: str) -> None:
-    page.get_by_label(field, exact=True).click()
-    page.get_by_role("option", name=choice, exact=True).click()
-
-
-def act(page: Page, name: str) -> None:
-    page.get_by_role("group", name="Actions").get_by_role("button", name=name, exact=True).click()
 
 
 def test_a_device_is_found_by_name_state_and_order(site: Federation, visit: Visitor) -> None:

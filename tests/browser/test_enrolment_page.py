@@ -40,7 +40,7 @@ def test_the_command_lets_a_device_join_and_the_page_approves_it(site: Federatio
 
 
 def test_the_command_is_copied(site: Federation, visit: Visitor) -> None:
-    page = visit(site, "/enrolment")
+    page = visit(site, "/enrolment", fresh=True)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=site.url)
     command = make(page, "to copy")
     page.locator(".token-made").get_by_role("button", name="Copy").click()

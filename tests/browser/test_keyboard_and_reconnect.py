@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import zipfile
+from pathlib import Path
 
+from chromium import Served
 from federation import Federation
 from live_site import RUN, add_run
 from playwright.sync_api import Page, expect
@@ -48,8 +52,7 @@ def test_a_run_is_aborted_with_the_keyboard_alone(site: Federation, visit: Visit
     expect(page.get_by_role("dialog")).to_have_count(0)
     assert focused(page) == "Abort"
     page.keyboard.press("Enter")
-    expect(page.get_by_role("dialog")).to_be_visible()
-    page.wait_for_timeout(400)
+    until_inside_dialog(page)
     tab_or_here(page, "Name of the run")
     page.keyboard.type("unwanted")
     tab_to(page, "Abort the run")
@@ -68,8 +71,7 @@ def test_a_run_is_made_changed_and_steered_with_the_keyboard_alone(site: Federat
     until_live(page)
     tab_to(page, "Edit policy")
     page.keyboard.press("Enter")
-    expect(page.get_by_role("dialog")).to_be_visible()
-    page.wait_for_timeout(400)
+    until_inside_dialog(page)
     tab_or_here(page, "Quorum")
     page.keyboard.press("Control+A")
     page.keyboard.type("5")
@@ -83,6 +85,42 @@ def test_a_run_is_made_changed_and_steered_with_the_keyboard_alone(site: Federat
         expect(page.locator(".head-title")).to_contain_text(state)
     with site.api() as api:
         api.post(RunAnswer, "/runs/by-keys/abort", {"reason": "The test has seen enough."})
+
+
+def test_a_deadline_is_extended_with_the_keyboard_alone(crowd: Served, visit: Visitor) -> None:
+    page = visit.at(crowd.url, "/runs/news-topics", user=crowd.user, password=crowd.password)
+    tab_to(page, "Extend the deadline")
+    page.keyboard.press("Enter")
+    until_inside_dialog(page)
+    tab_or_here(page, "More time")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("option", name="1 hour")).to_be_visible()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    tab_to(page, "Extend")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("The deadline is 1 h later.")).to_be_visible()
+    expect(page.get_by_role("dialog")).to_have_count(0)
+    assert focused(page) == "Extend the deadline"
+
+
+def test_a_version_is_downloaded_with_the_keyboard_alone(site: Federation, visit: Visitor, tmp_path: Path) -> None:
+    site.wait_run(RUN, lambda run: run.rounds_done >= 1, "a round")
+    page = visit(site, f"/exports?run={RUN}")
+    tab_or_here(page, "Rank")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("4")
+    tab_to(page, "Download the zip")
+    with page.expect_download() as waiting:
+        page.keyboard.press("Enter")
+    waiting.value.save_as(tmp_path / "adapter.zip")
+    with zipfile.ZipFile(tmp_path / "adapter.zip") as archive:
+        assert json.loads(archive.read("adapter_config.json"))["r"] == 4
+
+
+def until_inside_dialog(page: Page) -> None:
+    """Return when a dialog is open and has the focus."""
+    page.wait_for_function("document.activeElement.closest('[role=dialog]') !== null")
 
 
 def tab_or_here(page: Page, label: str) -> None:

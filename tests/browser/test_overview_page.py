@@ -76,13 +76,14 @@ def test_a_run_is_one_click_away(site: Federation, visit: Visitor) -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_fits_a_phone(site: Federation, visit: Visitor, path: str, dark: bool) -> None:
     page = visit(site, path, size=(390, 844), dark=dark)
-    page.wait_for_timeout(500)
+    for chart in page.locator(".chart").all():
+        expect(chart.locator("svg")).to_be_attached()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.documentElement.dataset.theme") == ("dark" if dark else "light")
 
 
 def test_the_choice_of_dark_is_kept(site: Federation, visit: Visitor) -> None:
-    page = visit(site)
+    page = visit(site, fresh=True)
     for _ in range(2):  # as the system, light, dark
         page.get_by_role("button", name="Colours").click()
     expect(page.locator("html")).to_have_attribute("data-theme", "dark")

@@ -121,7 +121,7 @@ def test_an_api_token_works_until_an_admin_revokes_it(bare_site: Federation, vis
 
 
 def test_ones_own_sessions_are_listed_and_ended(bare_site: Federation, visit: Visitor) -> None:
-    page, other = visit(bare_site, "/account"), visit(bare_site, "/", expected=CUT)
+    page, other = visit(bare_site, "/account"), visit(bare_site, "/", fresh=True, expected=CUT)
     rows = page.get_by_role("region", name="Sessions").locator("tbody tr")
     page.reload()
     expect(rows.filter(has_text="this one")).to_have_count(1)

@@ -6,18 +6,14 @@ import re
 
 from federation import Federation
 from live_site import RUN, add_run
-from playwright.sync_api import Page, expect
-from visitor import Visitor
+from playwright.sync_api import expect
+from visitor import Visitor, act
 
 from glora_dashboard.access_models import UserAnswer
 from glora_server.coordinator.people import Role
 from glora_server.rounds.run import RunPhase
 
 PAGE = f"/runs/{RUN}"
-
-
-def act(page: Page, name: str) -> None:
-    page.get_by_role("group", name="Actions").get_by_role("button", name=name, exact=True).click()
 
 
 def test_it_shows_curves_consensus_rounds_and_lineage(site: Federation, visit: Visitor) -> None:
