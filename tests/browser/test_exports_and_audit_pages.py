@@ -10,14 +10,10 @@ from pathlib import Path
 from federation import Federation
 from live_site import RUN, add_run
 from playwright.sync_api import Page, expect
-from visitor import Visitor
+from visitor import Visitor, pick
 
+from glora_dashboard.run_models import RunAnswer
 from glora_server.coordinator.people import Role
-
-
-def pick(page: Page, field: str, choice: str) -> None:
-    page.get_by_label(field, exact=True).click()
-    page.get_by_role("option", name=choice, exact=True).click()
 
 
 def download(page: Page, folder: Path) -> zipfile.ZipFile:
@@ -58,9 +54,15 @@ def test_the_list_of_versions_chooses_what_is_exported(site: Federation, visit: 
 
 
 def test_quality_stands_beside_the_rank_it_was_measured_at(site: Federation, visit: Visitor) -> None:
-    site.wait_run(RUN, lambda run: run.rounds_done >= 2, "two rounds")
-    page = visit(site, f"/exports?run={RUN}")
-    page.get_by_label("Rank", exact=True).fill("8")
+    with site.api() as api:
+        api.post(RunAnswer, f"/runs/{RUN}/pause")
+        try:
+            site.wait_run(RUN, lambda run: run.round is not None and run.round.closed_at is not None, "an ended round")
+            page = visit(site, f"/exports?run={RUN}")
+            page.get_by_label("Rank", exact=True).fill("8")
+            expect(page.get_by_text("was not measured at this rank; no device measured it.")).to_be_visible()
+        finally:
+            api.post(RunAnswer, f"/runs/{RUN}/resume")
     expect(page.get_by_text("Accuracy at rank 8")).to_be_visible()
     page.get_by_label("Rank", exact=True).fill("7")
     expect(page.get_by_text(re.compile("was not measured at this rank; it was at"))).to_be_visible()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Final
 from urllib.parse import quote
 
@@ -59,6 +60,11 @@ class ExportForm:
         """Export that version."""
         self._version.value = number
         ui.run_javascript(f"getHtmlElement({self._button.id}).focus()")
+
+    def renew(self, items: Iterable[Exportable]) -> None:
+        """Show what was measured since of the version that is chosen, where it is among the items."""
+        self._item = next((item for item in items if item.version.id == self._item.version.id), self._item)
+        self._show()
 
     async def _look(self) -> None:
         """Find out how good the version is that is chosen now."""

@@ -19,7 +19,7 @@ from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.pager import Pager
 from glora_dashboard.pages.parts import Block, anchor, card, empty
 from glora_dashboard.pages.site import Site, may
-from glora_server.coordinator.model import Page
+from glora_server.coordinator.model import Listing, Page
 from glora_server.coordinator.people import Role
 from glora_server.coordinator.views import RunView
 from glora_server.coordinator.views_history import VersionScore
@@ -80,11 +80,18 @@ class _RunExports:
         if current.items and may(Role.OPERATOR):
             with card("Export", note="a PEFT folder as a zip"):
                 form = ExportForm(self.site, self.view, current.items[0])
+
+        async def ask(part: Page) -> Listing[Exportable]:
+            found = await self.site.queries.exports(name, part)
+            if form is not None:
+                form.renew(found.items)
+            return found
+
         with card(
             "Versions that can be exported", note="accuracy and loss at each rank that devices measured"
         ) as section:
             pager: Pager[Exportable] = Pager(
-                lambda part: self.site.queries.exports(name, part),
+                ask,
                 lambda items: versions_table(items, operator=form is not None),
                 size=VERSIONS_SHOWN,
             )
