@@ -35,7 +35,7 @@ async def run_page(site: Site, name: str) -> None:
     series, spectrum = await site.queries.series(name), await site.queries.spectrum(name)
     with frame(name, crumbs=(("Overview", "/"),), heading=False):
         shown = _Shown.build(site, view)
-        plots = _Plots(series, spectrum)
+        plots = _Plots(series, spectrum, view)
         lists = await _lists(site, name)
         with card("Settings"):
             policy = Block(settings(view))
@@ -98,8 +98,8 @@ def _why(view: RunView) -> Markup:
 class _Plots:
     """The charts; drawn anew when there is a new version, or something new was measured."""
 
-    def __init__(self, series: RunSeries, spectrum: SpectrumMap) -> None:
-        self._drawn_for: object = None
+    def __init__(self, series: RunSeries, spectrum: SpectrumMap, view: RunView) -> None:
+        self._drawn_for = _drawn_for(view)
         with ui.element("div").classes("grid"):
             with card("Accuracy", note="on devices' held-out rows, by version"):
                 self._accuracy = Chart(run_charts.quality_options(series, loss=False), label="Accuracy by version")
