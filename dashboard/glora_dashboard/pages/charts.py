@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Final
 
 from nicegui import ui
@@ -184,6 +185,6 @@ def _rounded(digits: int) -> str:
     return f"(v) => v == null ? '–' : Number(v).toLocaleString('en-GB', {{maximumSignificantDigits: {digits}}})"
 
 
-def scaled(values: Mapping[int, float], divisor: float) -> list[tuple[int, float | None]]:
-    """The values by number, divided."""
-    return [(number, value / divisor) for number, value in sorted(values.items())]
+def finite(value: float | None) -> float | None:
+    """The value; None where it is no number that can be drawn."""
+    return value if value is not None and math.isfinite(value) else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Final
 
 from markupsafe import Markup
 from nicegui import ui
 
-from glora_dashboard.pages.charts import Chart, Options, line, plot
+from glora_dashboard.pages.charts import Chart, Options, finite, line, plot
 from glora_dashboard.pages.device_actions import DeviceActions
 from glora_dashboard.pages.device_parts import (
     agreement_table,
@@ -129,18 +128,14 @@ def agreement_options(made: Sequence[Contribution]) -> Options:
         "symbol": "triangle",
         "symbolSize": 13,
         "itemStyle": {"color": "var(--bad)"},
-        "data": [[str(item.number), _finite(item.cosine)] for item in made if item.outlier],
+        "data": [[str(item.number), finite(item.cosine)] for item in made if item.outlier],
         "z": 5,
     }
     return plot(
         [
-            line("cosine", [(item.number, _finite(item.cosine)) for item in made], colour="var(--c1)"),
-            line("capture", [(item.number, _finite(item.capture)) for item in made], colour="var(--c2)", dashed=True),
+            line("cosine", [(item.number, finite(item.cosine)) for item in made], colour="var(--c1)"),
+            line("capture", [(item.number, finite(item.capture)) for item in made], colour="var(--c2)", dashed=True),
             marks,
         ],
         digits=3,
     )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -143,11 +143,12 @@ def confirm(
             button(keep, dialog.close)
             go_on = button(words, go, kind="danger solid" if danger else "primary")
         if typed is not None:
-            _only_when_same(typed, name, go_on)
+            only_when_same(typed, name, go_on)
     dialog.open()
 
 
-def _only_when_same(typed: ui.input, name: str, go_on: Element) -> None:
+def only_when_same(typed: ui.input, name: str, go_on: Element) -> None:
+    """Let the button be pressed only while this name is written in the field."""
     go_on.props["disabled"] = True
 
     def compare() -> None:

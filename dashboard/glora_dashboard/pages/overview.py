@@ -13,7 +13,7 @@ from glora_dashboard.pages import format as fmt
 from glora_dashboard.pages.frame import PAGES, frame, may_see, page
 from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.pager import Pager
-from glora_dashboard.pages.parts import Block, anchor, bar, icon, join, pill, sparkline
+from glora_dashboard.pages.parts import Block, anchor, bar, facts, icon, join, pill, sparkline
 from glora_dashboard.pages.quality import best_by_version
 from glora_dashboard.pages.run_parts import sentence
 from glora_dashboard.pages.signs import RUN_TONES, SEVERITY_SIGNS
@@ -68,13 +68,12 @@ async def overview(site: Site) -> None:
 
 def _tiles(system: SystemView) -> Markup:
     cells = (
-        ("Active runs", Markup("{}").format(system.active_runs)),
-        ("Devices online", Markup("{} <small>of {:,}</small>").format(f"{system.online_devices:,}", system.devices)),
-        ("Aggregation", Markup("{}").format(system.worker_device or "starting")),
-        ("Free disk", Markup("{}").format(fmt.size(system.free_disk_bytes))),
+        ("Active runs", str(system.active_runs)),
+        ("Devices online", Markup("{:,} <small>of {:,}</small>").format(system.online_devices, system.devices)),
+        ("Aggregation", system.worker_device or "starting"),
+        ("Free disk", fmt.size(system.free_disk_bytes)),
     )
-    rows = join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in cells)
-    return Markup('<dl class="tiles">{}</dl>').format(rows)
+    return facts(cells, kind="tiles")
 
 
 def alert_list(alerts: Sequence[Alert], *, leads_to: Callable[[str], bool]) -> Markup:

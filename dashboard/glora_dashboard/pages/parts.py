@@ -65,10 +65,10 @@ def bar(share: float | None, *, label: str, tone: str = "active") -> Markup:
     ).format(tone, label, 100 * part, 100 * part)
 
 
-def facts(pairs: Iterable[tuple[str, str | Markup]]) -> Markup:
-    """A description list: what it is, and its value."""
+def facts(pairs: Iterable[tuple[str, str | Markup]], *, kind: str = "facts") -> Markup:
+    """A description list: what it is, and its value; `kind` "tiles" shows the values large."""
     rows = (Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in pairs)
-    return Markup('<dl class="facts">{}</dl>').format(join(rows))
+    return Markup('<dl class="{}">{}</dl>').format(kind, join(rows))
 
 
 def table(head: Sequence[str | Markup], rows: Iterable[Sequence[str | Markup]], *, label: str) -> Markup:

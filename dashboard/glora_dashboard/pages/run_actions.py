@@ -10,6 +10,7 @@ from nicegui import ui
 from nicegui.element import Element
 
 from glora_dashboard.pages import format as fmt
+from glora_dashboard.pages.forms import only_when_same
 from glora_dashboard.pages.parts import Block, button, sheet
 from glora_dashboard.pages.policy_form import edit_policy
 from glora_dashboard.pages.site import Site
@@ -108,13 +109,7 @@ class RunActions:
             with ui.element("div").classes("actions end"):
                 button("Keep it running", dialog.close)
                 confirm = button("Abort the run", abort, kind="danger solid")
-            confirm.props["disabled"] = True
-
-            def compare() -> None:
-                confirm.props["disabled"] = (typed.value or "").strip() != self._name
-                confirm.update()
-
-            typed.on_value_change(compare)
+            only_when_same(typed, self._name, confirm)
         dialog.open()
 
 

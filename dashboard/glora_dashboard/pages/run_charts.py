@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from markupsafe import Markup
 
 from glora_dashboard.pages import format as fmt
-from glora_dashboard.pages.charts import PALETTE, Options, Points, band, bars, heat_map, line, plot
+from glora_dashboard.pages.charts import PALETTE, Options, Points, band, bars, finite, heat_map, line, plot
 from glora_server.coordinator.model import MetricPhase
 from glora_server.coordinator.views_history import RoundFigures, Spread, Stage, VersionScore
 from glora_server.coordinator.views_plots import RunSeries, SpectrumMap
@@ -54,7 +53,7 @@ def quality_options(series: RunSeries, *, loss: bool) -> Options:
 
 
 def _scores(scores: Sequence[VersionScore], *, loss: bool) -> Points:
-    return [(score.version_number, _finite(score.loss if loss else score.accuracy)) for score in scores]
+    return [(score.version_number, finite(score.loss if loss else score.accuracy)) for score in scores]
 
 
 def _spread(scores: Sequence[VersionScore], *, loss: bool) -> Sequence[Options]:
@@ -72,8 +71,8 @@ def _band(name: str, spreads: Sequence[tuple[int, Spread | None]], *, colour: st
 
 def energy_options(series: RunSeries) -> Options:
     """What the state kept of the devices' mean update, and how far it is from it, by version."""
-    captured = [(point.number, _finite(point.captured_energy)) for point in series.versions if point.number]
-    truncated = [(point.number, _finite(point.truncation_error)) for point in series.versions if point.number]
+    captured = [(point.number, finite(point.captured_energy)) for point in series.versions if point.number]
+    truncated = [(point.number, finite(point.truncation_error)) for point in series.versions if point.number]
     return plot(
         [
             line("captured energy", captured, colour=PALETTE[0]),
@@ -165,7 +164,3 @@ def short_names(modules: Sequence[str]) -> list[str]:
     end = next((i for i in range(shortest - begin) if len({path[-1 - i] for path in paths}) > 1), shortest - begin)
     cut = [".".join(path[begin : len(path) - end]) for path in paths]
     return [name if len(name) <= 30 else f"{name[:12]}…{name[-16:]}" for name in cut]
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

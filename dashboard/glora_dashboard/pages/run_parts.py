@@ -45,11 +45,8 @@ def tiles(view: RunView) -> Markup:
         ("Devices online", f"{view.online_devices:,}", f"of {view.eligible_devices:,} that may train"),
         ("Strategy", spec.strategy.name, f"rank up to {spec.lora.max_rank}"),
     )
-    rows = join(
-        Markup("<div><dt>{}</dt><dd>{} <small>{}</small></dd></div>").format(name, value, more)
-        for name, value, more in cells
-    )
-    return Markup('<dl class="tiles">{}</dl>').format(rows)
+    shown = ((name, Markup("{} <small>{}</small>").format(value, more)) for name, value, more in cells)
+    return facts(shown, kind="tiles")
 
 
 def export_link(view: RunView) -> Markup:

@@ -61,13 +61,12 @@ async def _look(site: Site) -> _Seen:
 
 def _tiles(system: SystemView) -> Markup:
     cells = (
-        ("Version", Markup("{}").format(system.version)),
+        ("Version", system.version),
         ("Up for", fmt.moment(system.started_at, mode="since")),
         ("Devices online", Markup("{:,} <small>of {:,}</small>").format(system.online_devices, system.devices)),
-        ("Active runs", Markup("{:,}").format(system.active_runs)),
+        ("Active runs", f"{system.active_runs:,}"),
     )
-    rows = join(Markup("<div><dt>{}</dt><dd>{}</dd></div>").format(name, value) for name, value in cells)
-    return Markup('<dl class="tiles">{}</dl>').format(rows)
+    return facts(cells, kind="tiles")
 
 
 def _health(seen: _Seen) -> Markup:
