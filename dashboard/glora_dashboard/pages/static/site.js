@@ -165,10 +165,21 @@
         /* then it will not say that it was away */
       }
       showConnection("lost");
+      askToSignIn();
     });
   }
 
-  // The server answers, but takes no socket of this page: whoever looks at it has to sign in again.
+  // The server cuts the socket of those whose session has ended: the login page says so at once.
+  async function askToSignIn() {
+    try {
+      const answer = await fetch("/api/v1/me", { cache: "no-store" });
+      if (answer.status === 401) location.reload();
+    } catch {
+      /* it is away */
+    }
+  }
+
+  // The server answers, but takes no socket of this page: loading it anew says why.
   async function probe() {
     if (lostAt !== null && Date.now() - lostAt > 8000) {
       try {
