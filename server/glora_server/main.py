@@ -303,6 +303,7 @@ class Server:
             worker_device=services.numerics.device,
             authority_pin=services.authority.pin,
             authority_expires_at=services.authority.expires_at,
+            renewal_overdue_seconds=services.authority.renewal_overdue_seconds,
             devices=devices.total,
             online_devices=devices.online,
             active_runs=sum(run.phase is RunPhase.ACTIVE for run in uow.runs.active()),

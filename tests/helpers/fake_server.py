@@ -327,6 +327,7 @@ class FakeServer(FakeHistory):
             worker_device="cpu",
             authority_pin="cd" * 32,
             authority_expires_at=NOW + 10 * 365 * 86400,
+            renewal_overdue_seconds=15 * 86400,
             devices=len(self.device_records),
             online_devices=2,
             active_runs=len(self.run_records),

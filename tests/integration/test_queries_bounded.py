@@ -74,6 +74,7 @@ def _system(_uow: object, devices: DeviceCounts) -> SystemView:
         worker_device="cpu",
         authority_pin="",
         authority_expires_at=NOW + 1e8,
+        renewal_overdue_seconds=15 * 86400,
         devices=devices.total,
         online_devices=devices.online,
         active_runs=1,

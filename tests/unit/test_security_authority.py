@@ -188,6 +188,7 @@ def test_serials_differ_and_lifetime_is_a_setting(tmp_path: Path) -> None:
     one, two = authority.issue(request, DEVICE, "a"), authority.issue(request, DEVICE, "a")
     assert one.serial != two.serial
     assert one.expires_at == START + 3600
+    assert authority.renewal_overdue_seconds < 3600 / 3, "a device that renews in time is not overdue"
 
 
 def test_no_certificate_outlives_the_ca(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ class FakeWorker:
 class FakeAuthority:
     expires_at: float
     server_expires_at: float
+    renewal_overdue_seconds: float = 30 * DAY
 
 
 @dataclass(slots=True)

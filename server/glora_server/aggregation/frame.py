@@ -114,8 +114,8 @@ class JointFrame:
     def inner_products(self, combination: Combination) -> Tensor:
         """⟨block_i, X⟩ = Σ L_i∘(XR_i) for every block: inner products of combinations with X follow from it.
 
-        XR, all columns of R at once, some rows of X at a time: 4q_Lq_R·cols flops where X is as wide as it is high, else
-        2(q_L + q_R)·cols·(columns of X).
+        XR, all columns of R at once, some rows of X at a time: 4q_Lq_R·cols flops where X is as wide as it is high,
+        else 2(q_L + q_R)·cols·(columns of X).
         """
         found, right = self.coordinates(combination), self._right.columns
         narrow = found.left.shape[1] < min(found.left.shape[0], found.right.shape[0])

@@ -25,12 +25,11 @@ _LITTLE_SHARE: Final = 0.05
 _LITTLE_BYTES: Final = 2 * 1024**3
 _ORDER: Final = (Severity.CRITICAL, Severity.WARNING, Severity.INFO)
 _AUTHORITY_DAYS: Final = 60
-_DEVICE_DAYS: Final = 14
 
 
 def alerts(uow: UnitOfWork, present: Present, system: SystemView) -> tuple[Alert, ...]:
     """Everything that is wrong now, the worst first."""
-    found = [*_server(system), *_devices(uow, present)]
+    found = [*_server(system), *_devices(uow, present, system.renewal_overdue_seconds)]
     for run in uow.runs.active():
         if run.phase is RunPhase.ACTIVE:
             found += _run(uow, present, run)
@@ -57,12 +56,12 @@ def _server(system: SystemView) -> Iterator[Alert]:
         yield _alert(Severity.WARNING, "worker_restarts", message)
 
 
-def _devices(uow: UnitOfWork, present: Present) -> Iterator[Alert]:
+def _devices(uow: UnitOfWork, present: Present, overdue_seconds: float) -> Iterator[Alert]:
     pending = sorted(entry.name for entry in present.entries.values() if entry.state is DeviceState.PENDING)
     if pending:
         verb = "waits" if len(pending) == 1 else "wait"
         yield _alert(Severity.INFO, "devices_pending", f"{_listed(pending)} {verb} for approval.")
-    soon = present.now + _DEVICE_DAYS * _DAY
+    soon = present.now + overdue_seconds
     old = sorted(
         entry.name
         for entry in present.entries.values()
@@ -71,7 +70,7 @@ def _devices(uow: UnitOfWork, present: Present) -> Iterator[Alert]:
     if old:
         which, these = ("certificate", "this device") if len(old) == 1 else ("certificates", "these devices")
         verb = "expires" if len(old) == 1 else "expire"
-        message = f"The {which} of {_listed(old)} {verb} within {_DEVICE_DAYS} days: start {these} once."
+        message = f"The {which} of {_listed(old)} {verb} within {span(overdue_seconds)}: start {these} once."
         yield _alert(Severity.WARNING, "certificates_expire", message)
     rejected = uow.history.rejections(present.now - _DAY, _NAMED)
     names = present.names(uow, rejected)

@@ -125,6 +125,8 @@ class SystemView:
     authority_pin: str
     """Hex SHA-256 of the CA certificate."""
     authority_expires_at: float
+    renewal_overdue_seconds: float
+    """A device whose certificate has less left should have renewed it."""
     devices: int
     online_devices: int
     active_runs: int

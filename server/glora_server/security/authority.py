@@ -119,6 +119,11 @@ class FileAuthority:
         return self._authority.certificate.not_valid_after_utc.timestamp()
 
     @property
+    def renewal_overdue_seconds(self) -> float:
+        """A device with less left should have renewed its certificate, which it does when a third is left."""
+        return self._device_lifetime.total_seconds() / 6
+
+    @property
     def server_key_pem(self) -> bytes:
         """The private key of the server, PKCS#8."""
         return self._server.key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())

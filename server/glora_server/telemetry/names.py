@@ -220,7 +220,9 @@ DISK_SIZE_BYTES: Final = _gauge("glora_disk_size_bytes", "Size of the file syste
 CERTIFICATE_SECONDS: Final = _gauge(
     "glora_certificate_remaining_seconds", "Until the certificate of the server or its authority ends.", "certificate"
 )
-EXPIRING_DEVICES: Final = _gauge("glora_expiring_devices", "Approved devices whose certificate ends within 30 days.")
+EXPIRING_DEVICES: Final = _gauge(
+    "glora_expiring_devices", "Approved devices with less than a sixth of their certificate's lifetime left."
+)
 
 # The process
 LOOP_LAG: Final = _histogram(

@@ -33,7 +33,6 @@ from glora_wire.errors import GloraError
 
 _LAG_EVERY_SECONDS: Final = 0.5
 _STATES_EVERY_SECONDS: Final = 10.0
-_NEAR_SECONDS: Final = 30 * 86400.0
 _GOING_ON: Final = (RunPhase.ACTIVE, RunPhase.PAUSED)
 _log = structlog.get_logger("glora.telemetry")
 
@@ -79,6 +78,8 @@ class Certificates(Protocol):
     def expires_at(self) -> float: ...  # noqa: D102
     @property
     def server_expires_at(self) -> float: ...  # noqa: D102
+    @property
+    def renewal_overdue_seconds(self) -> float: ...  # noqa: D102
 
 
 class Watched(Protocol):
@@ -209,8 +210,8 @@ class Sampler:
                 self._set(names.DEVICES, tally[state], state=state.value)
         self._set(names.ONLINE_DEVICES, sum(hub.is_online(device.id, now) for device in devices))
         approved = (device for device in devices if device.state is DeviceState.APPROVED)
-        near = sum(device.certificate_expires_at < now + _NEAR_SECONDS for device in approved)
-        self._set(names.EXPIRING_DEVICES, near)
+        soon = now + self._watched.authority.renewal_overdue_seconds
+        self._set(names.EXPIRING_DEVICES, sum(device.certificate_expires_at < soon for device in approved))
 
     def _show_rounds(self, rows: _Rows) -> None:
         rounds = Tally(round_.phase for round_ in rows.rounds)
