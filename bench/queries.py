@@ -15,19 +15,17 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from synthetic_history import DATABASE, MAIN, Crowd, fill
+from watched_queries import counted, system_at
 
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import Page
 from glora_server.coordinator.queries import Queries
-from glora_server.coordinator.views import SystemView
-from glora_server.coordinator.views_history import AuditFilter, DeviceCounts, DeviceFilter, DeviceOrder
-from glora_server.storage.repositories.rows import Session
+from glora_server.coordinator.views_history import AuditFilter, DeviceFilter, DeviceOrder
 from glora_server.storage.store import SqlStore
 
 PAGE = Page(size=50)
@@ -72,57 +70,19 @@ async def measure(store: SqlStore, rounds: int, repeats: int) -> None:
         hub=Hub(),
         clock=time.time,
         catalogue=None,  # type: ignore[arg-type]  # no question here asks it
-        system_view=_system,
+        system_view=system_at(time.time()),
     )
     (await Crowd.of(queries.hub, store)).tick()
-    rows = _count_rows()
+    reading = counted(setattr)
     print(f"{'question':<26}{'median ms':>11}{'slowest ms':>12}{'rows':>8}")
     for name, ask in questions(rounds).items():
         spent = []
         for _ in range(repeats):
-            rows.clear()
+            reading.rows = 0
             begun = time.perf_counter()
             await ask(queries)
             spent.append(1000 * (time.perf_counter() - begun))
-        print(f"{name:<26}{statistics.median(spent):>11.1f}{max(spent):>12.1f}{sum(rows):>8}")
-
-
-def _count_rows() -> list[int]:
-    found: list[int] = []
-    rows, first = Session.rows, Session.first
-
-    def count_rows(self: Session, statement: Any) -> Any:
-        result = rows(self, statement)
-        found.append(len(result))
-        return result
-
-    def count_first(self: Session, statement: Any, *, lock: bool = False) -> Any:
-        found.append(1)
-        return first(self, statement, lock=lock)
-
-    Session.rows, Session.first = count_rows, count_first  # type: ignore[method-assign]  # only here
-    return found
-
-
-def _system(_uow: object, devices: DeviceCounts) -> SystemView:
-    now = time.time()
-    return SystemView(
-        version="",
-        started_at=now,
-        now=now,
-        grpc_port=0,
-        enrolment_port=0,
-        http_port=0,
-        database="sqlite",
-        database_revision="",
-        worker_device="cpu",
-        authority_pin="",
-        authority_expires_at=now + 1e8,
-        devices=devices.total,
-        online_devices=devices.online,
-        active_runs=1,
-        free_disk_bytes=10**12,
-    )
+        print(f"{name:<26}{statistics.median(spent):>11.1f}{max(spent):>12.1f}{reading.rows:>8}")
 
 
 def main() -> None:

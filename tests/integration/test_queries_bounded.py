@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
 from synthetic_history import MAIN, Size, fill_store
+from watched_queries import Reading, counted, system_at
 
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.model import DeviceState, Page
 from glora_server.coordinator.queries import Queries
-from glora_server.coordinator.views import SystemView
-from glora_server.coordinator.views_history import AuditFilter, DeviceCounts, DeviceFilter, DeviceOrder, Outcome
+from glora_server.coordinator.views_history import AuditFilter, DeviceFilter, DeviceOrder, Outcome
 from glora_server.coordinator.views_plots import Severity
 from glora_server.rounds.assignment import AssignmentPhase
-from glora_server.storage.repositories.rows import Session
 from glora_server.storage.store import SqlStore
 from glora_wire.errors import GloraError, Reason
 
@@ -26,30 +24,9 @@ SIZE = Size(devices=240, rounds=60, per_round=24, live=200)
 PAGE = Page(size=20)
 
 
-@dataclass
-class Counted:
-    """Rows that repositories got."""
-
-    rows: int = 0
-
-
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
-    found = Counted()
-    rows, first = Session.rows, Session.first
-
-    def count_rows(self: Session, statement: object) -> object:
-        result = rows(self, statement)  # type: ignore[arg-type]  # passed on as it came
-        found.rows += len(result)
-        return result
-
-    def count_first(self: Session, statement: object, *, lock: bool = False) -> object:
-        found.rows += 1
-        return first(self, statement, lock=lock)  # type: ignore[arg-type]  # passed on as it came
-
-    monkeypatch.setattr(Session, "rows", count_rows)
-    monkeypatch.setattr(Session, "first", count_first)
-    return found
+def reading(monkeypatch: pytest.MonkeyPatch) -> Reading:
+    return counted(monkeypatch.setattr)
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -61,28 +38,6 @@ async def store(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SqlSt
     await opened.close()
 
 
-def _system(_uow: object, devices: DeviceCounts) -> SystemView:
-    return SystemView(
-        version="0",
-        started_at=NOW - 3600,
-        now=NOW,
-        grpc_port=1,
-        enrolment_port=2,
-        http_port=3,
-        database="sqlite",
-        database_revision="0003",
-        worker_device="cpu",
-        authority_pin="",
-        authority_expires_at=NOW + 1e8,
-        renewal_overdue_seconds=15 * 86400,
-        devices=devices.total,
-        online_devices=devices.online,
-        active_runs=1,
-        free_disk_bytes=10**9,
-        disk_bytes=10**12,
-    )
-
-
 @pytest_asyncio.fixture(loop_scope="module")
 async def queries(store: SqlStore) -> Queries:
     made = Queries(
@@ -90,7 +45,7 @@ async def queries(store: SqlStore) -> Queries:
         hub=Hub(),
         clock=lambda: NOW,
         catalogue=None,  # type: ignore[arg-type]  # no question of these tests asks it
-        system_view=_system,
+        system_view=system_at(NOW),
     )
     await made.roster.entries()
     return made
@@ -123,13 +78,13 @@ BOUNDS: dict[str, tuple[Question, int]] = {
 
 
 @pytest.mark.parametrize("name", BOUNDS)
-async def test_a_page_reads_what_it_shows(queries: Queries, counted: Counted, name: str) -> None:
+async def test_a_page_reads_what_it_shows(queries: Queries, reading: Reading, name: str) -> None:
     ask, bound = BOUNDS[name]
     await ask(queries)
-    assert counted.rows <= bound, f"{name} read {counted.rows} rows"
+    assert reading.rows <= bound, f"{name} read {reading.rows} rows"
 
 
-async def test_what_is_plotted_is_bounded(queries: Queries, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_plotted_is_bounded(queries: Queries, reading: Reading, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("glora_server.coordinator.queries_plots.MOST_POINTS", 10)
     series = await queries.series(MAIN)
     numbers = [point.number for point in series.versions]
@@ -137,7 +92,7 @@ async def test_what_is_plotted_is_bounded(queries: Queries, counted: Counted, mo
     assert numbers[-1] == SIZE.rounds
     assert {b - a for a, b in itertools.pairwise(numbers)} == {series.step}
     assert {figures.number for figures in series.rounds} <= {*numbers, 0}
-    assert counted.rows < 10 * 20
+    assert reading.rows < 10 * 20
     monkeypatch.setattr("glora_server.coordinator.queries_plots.MOST_MAP_ROUNDS", 5)
     monkeypatch.setattr("glora_server.coordinator.queries_plots.MOST_MAP_MODULES", 7)
     spectrum = await queries.spectrum(MAIN)
@@ -148,13 +103,13 @@ async def test_what_is_plotted_is_bounded(queries: Queries, counted: Counted, mo
     assert all(abs(sum(cell.shares) - 1) < 1e-4 for cell in spectrum.cells)
 
 
-async def test_the_roster_is_read_once_for_many_questions(queries: Queries, counted: Counted) -> None:
+async def test_the_roster_is_read_once_for_many_questions(queries: Queries, reading: Reading) -> None:
     await queries.device_counts()
     await queries.device_counts()
-    assert counted.rows == 0
+    assert reading.rows == 0
     queries.hub.device_changed(next(iter(await queries.roster.entries())))
     await queries.device_counts()
-    assert counted.rows > SIZE.devices
+    assert reading.rows > SIZE.devices
 
 
 async def test_pages_follow_one_another(queries: Queries) -> None:
