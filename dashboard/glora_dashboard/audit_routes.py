@@ -9,6 +9,7 @@ from fastapi import APIRouter
 from starlette.responses import StreamingResponse
 
 from glora_dashboard.bodies import AuditQuery
+from glora_dashboard.description import STREAMED
 from glora_dashboard.models import AuditAnswer
 from glora_dashboard.permission import least
 from glora_dashboard.ports import Queries
@@ -28,6 +29,7 @@ def audit_routes(queries: Queries) -> APIRouter:
         dependencies=[least(Role.OPERATOR)],
         response_class=StreamingResponse,
         responses={200: {"content": {"application/json": {"schema": {"type": "array", "items": {"type": "object"}}}}}},
+        openapi_extra={STREAMED: True},
     )
     async def export_audit(wanted: AuditQuery) -> StreamingResponse:
         """The rows as a JSON array, newest first; the same query as /audit, without pages."""

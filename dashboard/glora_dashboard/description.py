@@ -7,6 +7,8 @@ from typing import Any, Final
 from glora_dashboard.permission import RoleApi
 from glora_dashboard.problems import MEDIA_TYPE
 
+STREAMED: Final = "x-streamed"
+"""Marks an operation whose answer is written while it is sent, so that it has no ETag."""
 _JSON: Final = "application/json"
 _IF_NONE_MATCH: Final = {
     "name": "If-None-Match",
@@ -52,7 +54,7 @@ def _describe(method: str, operation: dict[str, Any]) -> None:
     responses = operation["responses"]
     for status, response in responses.items():
         _only_problems(status, response)
-    if method == "get" and _JSON in responses.get("200", {}).get("content", {}):
+    if method == "get" and STREAMED not in operation and _JSON in responses.get("200", {}).get("content", {}):
         responses["200"].setdefault("headers", {})["ETag"] = _ETAG
         responses["304"] = _UNCHANGED
         if "if-none-match" not in known:

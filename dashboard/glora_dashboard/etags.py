@@ -1,4 +1,4 @@
-"""ETags on everything that is read, and If-Match on what is changed.
+"""ETags on everything that is read whole, and If-Match on what is changed.
 
 An ETag is a digest of the answer's bytes: who has them already sends If-None-Match and gets 304 without a body. For
 changes the bytes are of no use, since an online device's last sign of life is another one every second; If-Match takes
@@ -28,7 +28,7 @@ def etag_of(body: bytes) -> str:
 
 
 class ETags:
-    """ASGI middleware: JSON answers to GET under /api carry an ETag; 304 when the client has that one."""
+    """ASGI middleware: whole JSON answers to GET under /api carry an ETag; 304 when the client has that one."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -58,7 +58,9 @@ class ETags:
 
 
 def _is_whole_json(message: Message) -> bool:
-    return message["status"] == 200 and Headers(raw=message["headers"]).get("content-type", "").startswith(JSON)
+    """Whether it is JSON of known length; what is written while it is sent is never held."""
+    headers = Headers(raw=message["headers"])
+    return message["status"] == 200 and headers.get("content-type", "").startswith(JSON) and "content-length" in headers
 
 
 async def _answer(start: Message, body: bytes, wanted: str, send: Send) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from access_http import Site, site
 from fake_answers import MemoryAnswers
-from fake_server import FakeServer
+from fake_server import ADMIN_TOKEN, FakeServer
 from fastapi import FastAPI
 from people_cases import principal
 from starlette.testclient import TestClient
@@ -64,6 +64,32 @@ def test_an_etag_changes_with_the_answer(client: TestClient) -> None:
 
 def test_refusals_carry_no_etag(client: TestClient) -> None:
     assert "etag" not in client.get("/api/v1/devices/nobody").headers
+
+
+async def test_the_audit_s_file_is_never_held_whole(web: Site) -> None:
+    parts: list[Message] = []
+
+    async def send(message: Message) -> None:
+        parts.append(message)
+
+    request = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive() -> Message:
+        for message in request:
+            return message
+        return await asyncio.Future()
+
+    headers = [(b"authorization", f"Bearer {ADMIN_TOKEN}".encode())]
+    path = {"type": "http", "method": "GET", "path": "/api/v1/audit/export", "query_string": b"", "headers": headers}
+    await web.app(path, receive, send)
+    start, *bodies = parts
+    assert start["status"] == 200
+    assert b"etag" not in dict(start["headers"])
+    assert [part["more_body"] for part in bodies] == [True] * (len(bodies) - 1) + [False]
+    assert len(bodies) > 1
+    described = web.app.openapi()["paths"]
+    assert "304" not in described["/api/v1/audit/export"]["get"]["responses"]
+    assert "304" in described["/api/v1/audit"]["get"]["responses"]
 
 
 def test_a_change_that_is_based_on_old_news_is_refused(client: TestClient, web: Site) -> None:
