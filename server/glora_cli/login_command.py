@@ -56,6 +56,8 @@ def login(
             "(ssh -L 8080:localhost:8080 HOST), or --insecure if you know that network.",
         )
     ca = ca_file or local_ca(url, data_dir)
+    if not user:
+        require_terminal("give --user NAME")
     name = user or typer.prompt("User name", err=True)
     secret = read_password("Password", from_stdin=password_stdin)
     body = {
@@ -83,5 +85,12 @@ def read_password(what: str, *, from_stdin: bool, twice: bool = False) -> str:
         if not text:
             raise GloraError(Reason.REQUEST_INVALID, "There is no password on standard input.")
         return text
+    require_terminal("give --password-stdin and write the password to standard input")
     answer = typer.prompt(what, hide_input=True, confirmation_prompt=twice, err=True)
     return str(answer)
+
+
+def require_terminal(instead: str) -> None:
+    """Raises REQUEST_INVALID where nobody can be asked; `instead` says what to do."""
+    if not sys.stdin.isatty():
+        raise GloraError(Reason.REQUEST_INVALID, f"There is no terminal to ask at: {instead}.")

@@ -19,6 +19,7 @@ from glora_dashboard.problems import Problem
 from glora_wire.errors import GloraError, Reason
 
 PREFIX: Final = "/api/v1"
+_EXAMPLE: Final = "http://127.0.0.1:8080"
 TIMEOUT_SECONDS: Final = 60.0
 PAGE_SIZE: Final = 500
 EXPORT_TIMEOUT_SECONDS: Final = 1800.0
@@ -42,9 +43,9 @@ class Api:
         try:
             parsed = httpx2.URL(self.url)
         except httpx2.InvalidURL as error:
-            raise _wrong_url(url, str(error)) from None
+            raise _wrong_url(url, f"{error}; it must look like {_EXAMPLE}") from None
         if parsed.scheme not in {"http", "https"} or not parsed.host:
-            raise _wrong_url(url, "it must look like http://127.0.0.1:8080")
+            raise _wrong_url(url, f"it must look like {_EXAMPLE}")
         self._http = httpx2.Client(
             base_url=f"{self.url}{PREFIX}",
             headers={"Authorization": f"Bearer {token}"} if token else {},
@@ -80,12 +81,12 @@ class Api:
         """What a change brought about."""
         return self._call(model, "PATCH", path, body=body)
 
-    def every(self, model: type[_ANSWER], path: str) -> list[_ANSWER]:
-        """All items of a list, however many parts it has."""
+    def every(self, model: type[_ANSWER], path: str, wanted: _Params | None = None) -> list[_ANSWER]:
+        """All items of a list that are `wanted`, however many parts it has."""
         items: list[_ANSWER] = []
         token = ""
         while True:
-            params: _Params = {"page_token": token, "page_size": PAGE_SIZE}
+            params = {**(wanted or {}), "page_token": token, "page_size": PAGE_SIZE}
             part = self.get(PageAnswer[model], path, params)  # type: ignore[valid-type]  # a model made at run time
             items += part.items
             token = part.next_page_token
@@ -125,7 +126,7 @@ class Api:
             raise GloraError(
                 Reason.REQUEST_INVALID,
                 f"What {self.url} answered is not understood here: is it a glora server of another version? "
-                "`glora --version` shows this one's, `curl URL/` that one's.",
+                "`glora --version` shows this one's, its System page that one's.",
             ) from None
 
 
@@ -166,6 +167,10 @@ def _unreachable(url: str, what: str) -> GloraError:
             f"The certificate of {url} is not one that this machine trusts ({what}). If the server uses its own "
             "authority, copy ca.crt from its data folder and name it with --ca or $GLORA_CA.",
             url=url,
+        )
+    if "WRONG_VERSION_NUMBER" in what:
+        return GloraError(
+            Reason.SERVER_UNREACHABLE, f"What answers at {url} does not speak TLS ({what}); try http://.", url=url
         )
     return GloraError(
         Reason.SERVER_UNREACHABLE,

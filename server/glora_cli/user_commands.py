@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated
 
 import typer
@@ -74,8 +75,11 @@ def enable_user(api: Api, name: _Name, *, as_json: JsonFlag = False) -> None:
 
 def remove_user(api: Api, name: _Name, *, yes: _Yes = False, as_json: JsonFlag = False) -> None:
     """Forget a user with all sessions and API tokens; the audit keeps the name."""
-    if not yes and not typer.confirm(f"Remove the user {name} with all API tokens?", err=True):
-        raise GloraError(Reason.REQUEST_INVALID, "Nothing was removed.")
+    sure = yes
+    with contextlib.suppress(typer.Abort):
+        sure = sure or typer.confirm(f"Remove the user {name} with all API tokens?", err=True)
+    if not sure:
+        raise GloraError(Reason.REQUEST_INVALID, "Nothing was removed; --yes removes without asking.")
     user = api.post(UserAnswer, at("users", name, "remove"))
     if as_json:
         show_json(user)

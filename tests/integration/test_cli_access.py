@@ -146,12 +146,32 @@ def test_users_are_cared_for(command: Command, running: Running, monkeypatch: py
     assert command("run", "list").code == 0
     assert command("user", "list").code == 3
     token = json.loads(command("api-token", "list", "--json").out)[0]
+    assert command("api-token", "list", "--user", "admin").code == 3, "not an empty list: it was not looked at"
     assert command("api-token", "revoke", token["id"]).out == f"{token['id']}: revoked\n"
     refused = command("run", "list")
     assert (refused.code, "was revoked" in refused.err) == (3, True)
     monkeypatch.setenv("GLORA_TOKEN", ADMIN_TOKEN)
     assert command("user", "remove", "vera", stdin="n\n").code == 2
+    assert command("user", "remove", "vera").err.endswith("Nothing was removed; --yes removes without asking.\n")
     assert command("user", "remove", "vera", "--yes").out == "vera: removed\n"
+
+
+def test_where_nobody_can_be_asked_the_option_is_named(command: Command, running: Running) -> None:
+    where = ("--server", running.url, "--token", ADMIN_TOKEN)
+    for words, instead in (
+        (("login", "--server", running.url), "give --user NAME"),
+        (("login", "--server", running.url, "--user", "ada"), "give --password-stdin"),
+        (("user", "create", "bob", *where), "give --password-stdin"),
+    ):
+        refused = command(*words)
+        assert (refused.code, refused.err.startswith(f"There is no terminal to ask at: {instead}")) == (2, True)
+    unknown = command("api-token", "list", "--user", "nobody", *where)
+    assert (unknown.code, unknown.err) == (3, "There is no user 'nobody'; see `glora user list`.\n")
+
+
+def test_an_address_with_the_wrong_scheme_is_told(command: Command, running: Running) -> None:
+    wrong = command("run", "list", "--server", running.url.replace("http:", "https:"), "--token", "x")
+    assert (wrong.code, "does not speak TLS" in wrong.err, "try http://" in wrong.err) == (4, True, True)
 
 
 def test_the_old_names_of_the_options_still_work(command: Command, running: Running) -> None:
