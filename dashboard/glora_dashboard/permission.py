@@ -1,7 +1,7 @@
 """Which role a route asks for at least, and what is said to those who have a lower one.
 
 Every route names its least role with `least` (or one of the `Annotated` types below, where it needs to know who asks),
-or says with `ANYBODY` that it is open on purpose. `check_routes` refuses an application in which one says neither.
+or says with `ANYBODY` that it is open on purpose. `route_roles` refuses an application in which one says neither.
 """
 
 from __future__ import annotations
