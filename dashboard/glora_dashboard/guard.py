@@ -78,11 +78,11 @@ class Guard:
             await problem_response(error.error, 413)(scope, receive, send)
             return
         _introduce(scope, principal)
-        replayed = _replay(messages, receive)
+        again = replayed(messages, receive)
         if principal is None:
-            await self._app(scope, replayed, send)
+            await self._app(scope, again, send)
         else:
-            await leashed_http(self._app, scope, replayed, send, access=self._access, principal=principal)
+            await leashed_http(self._app, scope, again, send, access=self._access, principal=principal)
 
     async def _websocket(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -185,7 +185,8 @@ def _with_headers(send: Send) -> Send:
     return send_with_headers
 
 
-def _replay(messages: list[Message], receive: Receive) -> Receive:
+def replayed(messages: list[Message], receive: Receive) -> Receive:
+    """A `receive` that gives the messages of a body that was read already, and then what still comes."""
     waiting = iter(messages)
 
     async def answer() -> Message:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import hashlib
 import json
-from collections.abc import AsyncIterator
 from typing import Final
+from weakref import WeakValueDictionary
 
 from cryptography.fernet import Fernet, InvalidToken
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from glora_dashboard.guard import replayed
 from glora_dashboard.permission import principal_of
 from glora_dashboard.ports import Answers
 from glora_dashboard.problems import problem_response
@@ -38,7 +38,8 @@ class Idempotency:
     def __init__(self, app: ASGIApp, *, answers: Answers) -> None:
         self._app = app
         self._answers = answers
-        self._going_on: dict[tuple[str, str], asyncio.Lock] = {}
+        self._going_on: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
+        """A repetition waits for the request that it repeats; a lock is there while anybody holds it or waits."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on, or answer again."""
@@ -56,7 +57,8 @@ class Idempotency:
     async def _once(self, principal: Principal, key: str, scope: Scope, receive: Receive, send: Send) -> None:
         who, key_sha256 = f"{principal.name} {principal.role}", hashlib.sha256(key.encode()).hexdigest()
         messages, request_sha256 = await _read(scope, receive)
-        async with self._alone(who, key_sha256):
+        lock = self._going_on.setdefault((who, key_sha256), asyncio.Lock())
+        async with lock:
             kept = await self._answers.find(who, key_sha256)
             if kept is None:
                 await self._serve(scope, messages, receive, send, _Place(who, key, key_sha256, request_sha256))
@@ -86,18 +88,7 @@ class Idempotency:
                 await send(start)
                 await send({"type": "http.response.body", "body": bytes(body)})
 
-        await self._app(scope, _replay(messages, receive), hold)
-
-    @contextlib.asynccontextmanager
-    async def _alone(self, who: str, key_sha256: str) -> AsyncIterator[None]:
-        """Let a repetition wait for the request that it repeats."""
-        lock = self._going_on.setdefault((who, key_sha256), asyncio.Lock())
-        try:
-            async with lock:
-                yield
-        finally:
-            if not lock.locked():
-                self._going_on.pop((who, key_sha256), None)
+        await self._app(scope, replayed(messages, receive), hold)
 
 
 class _Place:
@@ -159,13 +150,3 @@ async def _again(document: bytes, send: Send) -> None:
     headers = MutableHeaders(kept["headers"] | {"content-length": str(len(body)), "idempotency-replayed": "true"})
     await send({"type": "http.response.start", "status": kept["status"], "headers": headers.raw})
     await send({"type": "http.response.body", "body": body})
-
-
-def _replay(messages: list[Message], receive: Receive) -> Receive:
-    waiting = iter(messages)
-
-    async def answer() -> Message:
-        message = next(waiting, None)
-        return message if message is not None else await receive()
-
-    return answer

@@ -14,9 +14,10 @@ from fake_server import ADMIN_TOKEN, FakeServer
 from fastapi import FastAPI
 from people_cases import principal
 from starlette.testclient import TestClient
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 
 from glora_dashboard.event_routes import event_routes
+from glora_dashboard.idempotency import Idempotency
 from glora_dashboard.problems import add_problem_handlers
 from glora_server.coordinator.feed import Batch, ChangeKind, Feed
 from glora_server.coordinator.model import DeviceState
@@ -169,6 +170,53 @@ def test_a_refused_request_can_be_tried_again_with_its_key(client: TestClient) -
     assert client.post("/api/v1/runs/demo/resume", headers=key).status_code == 409
     assert client.post("/api/v1/runs/demo/pause").status_code == 200
     assert client.post("/api/v1/runs/demo/resume", headers=key).status_code == 200
+
+
+async def test_repetitions_never_overlap_even_when_the_first_fails() -> None:
+    going_on, most, gates = 0, 0, [asyncio.Event() for _ in range(3)]
+    arrived = iter(gates)
+
+    async def failing(_scope: Scope, _receive: Receive, send: Send) -> None:
+        nonlocal going_on, most
+        going_on += 1
+        most = max(most, going_on)
+        await next(arrived).wait()
+        going_on -= 1
+        await send({"type": "http.response.start", "status": 503, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    once = Idempotency(failing, answers=MemoryAnswers())
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/api/v1/tokens",
+        "headers": [(b"idempotency-key", b"12345678")],
+        "state": {"principal": principal("ada")},
+    }
+
+    async def ask() -> None:
+        async def receive() -> Message:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(message: Message) -> None:
+            """Take it."""
+
+        await once(dict(scope), receive, send)
+
+    async def settle() -> None:
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as asking:
+        for gate in gates:  # the second waits for the first, and the third comes while the second is served
+            asking.create_task(ask())
+            if gate is gates[1]:
+                await settle()
+                gates[0].set()
+            await settle()
+        gates[1].set()
+        gates[2].set()
+    assert most == 1
 
 
 @pytest.mark.parametrize("key", ["short", "x" * 129, "with space in it"])
