@@ -51,10 +51,9 @@ def create_app(
     `answers` keeps those that may be asked for again; `work_dir` holds archives of exports while they are being sent.
     With pages NiceGUI is loaded, which wants to be imported before an event loop runs, and the application's lifespan.
     """
-    version = installed_version("glora")
     app = RestApi(
         title="glora",
-        version=version,
+        version=installed_version("glora"),
         description="Federated LoRA fine-tuning. Requests carry `Authorization: Bearer TOKEN` (see `glora login`) or "
         "the cookie of a browser that signed in; `x-role` says which role an operation needs.",
         openapi_url=f"{PREFIX}/openapi.json",
@@ -77,7 +76,7 @@ def create_app(
     ):
         api.include_router(routes)
     app.include_router(api)
-    app.include_router(open_routes(health, metrics_text, version=version))
+    app.include_router(open_routes(health, metrics_text))
     app.include_router(login_routes(access))
     route_roles(app)
     if with_pages:

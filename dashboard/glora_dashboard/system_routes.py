@@ -1,12 +1,11 @@
-"""/api/v1/system, /strategies and /audit; and what needs no /api: health, readiness, metrics, the front page."""
+"""/api/v1/system, /strategies and /audit; and what needs no /api: health, readiness, metrics."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable
 
 from fastapi import APIRouter
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from glora_dashboard.bodies import AuditQuery, PageQuery
 from glora_dashboard.device_models import DeviceCountsAnswer
@@ -16,15 +15,6 @@ from glora_dashboard.permission import ANYBODY, least
 from glora_dashboard.plot_models import AlertAnswer
 from glora_dashboard.ports import HealthProbe, Queries
 from glora_server.coordinator.people import Role
-
-_FRONT_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>glora</title>
-<h1>glora {version}</h1>
-<p>This server speaks REST at <code>/api/v1</code> (described at <code>/api/v1/openapi.json</code>); both need a
-token. The command line does the same: <code>glora run list</code>, <code>glora device list</code>.</p>
-<p><a href="/healthz">/healthz</a> · <a href="/readyz">/readyz</a> · <a href="/metrics">/metrics</a></p>
-</html>
-"""
 
 
 def system_routes(queries: Queries) -> APIRouter:
@@ -61,19 +51,9 @@ def system_routes(queries: Queries) -> APIRouter:
     return routes
 
 
-def open_routes(
-    health: HealthProbe,
-    metrics_text: Callable[[], tuple[bytes, str]],
-    *,
-    version: str,
-) -> APIRouter:
+def open_routes(health: HealthProbe, metrics_text: Callable[[], tuple[bytes, str]]) -> APIRouter:
     """Routes that ask for no role; the gate decides who reaches them."""
     routes = APIRouter(include_in_schema=False, dependencies=[ANYBODY])
-
-    @routes.get("/")
-    async def front_page() -> HTMLResponse:
-        """Where the API is."""
-        return HTMLResponse(_FRONT_PAGE.format(version=html.escape(version)))
 
     @routes.get("/healthz")
     async def healthz() -> PlainTextResponse:
