@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import os
 import socket
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ def login(
     body = {
         "username": name,
         "password": secret,
-        "token_name": f"glora login, {getpass.getuser()}@{socket.gethostname()}"[:100],
+        "token_name": f"glora login, {_person()}@{socket.gethostname()}"[:100],
         "role": role,
         "ttl_seconds": seconds(expires),
     }
@@ -76,6 +77,14 @@ def login(
         f"Signed in to {url} as {made.user} ({made.role}), until {moment(made.expires_at)}. Profile {chosen} in "
         f"{profiles_path()}."
     )
+
+
+def _person() -> str:
+    """Who runs this; the number where the user has no name, as in some containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def read_password(what: str, *, from_stdin: bool, twice: bool = False) -> str:
