@@ -7,7 +7,6 @@ complains on its console, asks anybody but its server, or is wider than its wind
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, StorageState, syn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
-from chromium import Served, launch, synthetic
+from chromium import Served, Watch, launch, synthetic
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RUN: Final = "news-topics"
@@ -66,7 +65,13 @@ class Photographer:
     def __init__(self, browser: Browser, served: Served, out: Path) -> None:
         self._browser, self._served, self._out = browser, served, out
         self._signed_in: StorageState | None = None
-        self.problems: list[str] = []
+        self._watches: list[tuple[str, Watch]] = []
+        self._too_wide: list[str] = []
+
+    def problems(self) -> list[str]:
+        """What was wrong, by look."""
+        complaints = [f"{look}: {problem}" for look, watch in self._watches for problem in watch.problems]
+        return complaints + self._too_wide
 
     def visit(self, look: Look, only: frozenset[str], *, whole: bool) -> None:
         """Pictures of all pages in one look."""
@@ -74,7 +79,7 @@ class Photographer:
             self._take_login(look)
         context = self._context(look)
         page = context.new_page()
-        self._watch(page, look.name)
+        self._watch(page, look)
         self._sign_in(page)
         names = self._names(page, rounds=max(1, self._open_round(page)))
         for name, address in PAGES.items():
@@ -95,27 +100,17 @@ class Photographer:
         context.set_default_timeout(60_000)
         return context
 
-    def _watch(self, page: Page, where: str) -> None:
-        own = urlsplit(self._served.url).netloc
-
-        def request(url: str) -> None:
-            if urlsplit(url).scheme not in {"data", "blob"} and urlsplit(url).netloc != own:
-                self.problems.append(f"{where}: left the host for {url}")
-
-        def complain(kind: str, text: str) -> None:
-            if kind in {"error", "warning"} and not re.search(r"40[14] \(", text):
-                self.problems.append(f"{where}: {kind} on {page.url}: {text}")
-
-        page.on("request", lambda sent: request(sent.url))
-        page.on("console", lambda message: complain(message.type, message.text))
-        page.on("pageerror", lambda error: complain("error", str(error)))
+    def _watch(self, page: Page, look: Look) -> None:
+        watch = Watch(host=urlsplit(self._served.url).netloc, expected=("401 (", "404 ("))
+        self._watches.append((look.name, watch))
+        watch.follow(page)
 
     def _take_login(self, look: Look) -> None:
         signed_in, self._signed_in = self._signed_in, None
         context = self._context(look)
         self._signed_in = signed_in
         page = context.new_page()
-        self._watch(page, look.name)
+        self._watch(page, look)
         page.goto(self._served.url + "/login")
         page.screenshot(path=self._out / f"login-{look.name}.png")
         context.close()
@@ -146,7 +141,7 @@ class Photographer:
         page.wait_for_timeout(1200)  # charts are drawn after the page is there
         width = page.evaluate("document.documentElement.scrollWidth")
         if width > look.width:
-            self.problems.append(f"{look.name}: {name} is {width} pixels wide")
+            self._too_wide.append(f"{look.name}: {name} is {width} pixels wide")
         page.screenshot(path=self._out / f"{name}-{look.name}.png", full_page=whole)
 
 
@@ -173,8 +168,8 @@ def main() -> None:
                 photographer.visit(look, frozenset(given.only), whole=not given.window)
         browser.close()
     print(f"Pictures are in {given.out}.")
-    if photographer.problems:
-        sys.exit("\n".join(photographer.problems))
+    if problems := photographer.problems():
+        sys.exit("\n".join(problems))
 
 
 if __name__ == "__main__":

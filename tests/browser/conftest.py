@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from chromium import CHROMIUM, Served, launch, synthetic
-from federation import LIVE, Federation
+from failure_logs import pytest_runtest_makereport
+from federation import Federation
 from live_site import add_people, live_site
 from playwright.sync_api import Browser, Playwright, sync_playwright
 from visitor import Desk, Visitor
+
+__all__ = ["pytest_runtest_makereport"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -71,15 +74,3 @@ def visit(desk: Desk) -> Iterator[Visitor]:
     yield visitor
     problems = visitor.close()
     assert not problems, "\n".join(problems)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Logs of the processes beside every failure."""
-    report = yield
-    if report.failed:
-        for federation in LIVE:
-            report.sections += [(f"log of {name}", text) for name, text in federation.logs()]
-    return report

@@ -2,18 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from failure_logs import pytest_runtest_makereport
 
-import pytest
-from federation import LIVE
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    if report.failed:
-        for federation in LIVE:
-            report.sections += [(f"log of {name}", text) for name, text in federation.logs()]
-    return report
+__all__ = ["pytest_runtest_makereport"]

@@ -5,47 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from chromium import Watch
 from federation import Federation
 from live_site import PASSWORD, name_of
-from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Request, expect
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from glora_server.coordinator.people import Role
 
 PATIENCE_MS = 30_000
 """A busy machine is slow; nothing here is about speed."""
 expect.set_options(timeout=PATIENCE_MS)
-
-
-@dataclass
-class Watch:
-    """What a page must not do: complain, or ask anybody but its server."""
-
-    host: str
-    problems: list[str] = field(default_factory=list)
-    expected: tuple[str, ...] = ()
-    """Parts of messages that a test provokes."""
-
-    def follow(self, page: Page) -> None:
-        page.on("console", self._console)
-        page.on("pageerror", lambda error: self._note(f"page error: {error}"))
-        page.on("request", self._request)
-        page.on("websocket", lambda socket: self._address(socket.url))
-
-    def _console(self, message: ConsoleMessage) -> None:
-        if message.type in {"error", "warning"}:
-            self._note(f"{message.type}: {message.text} ({message.location.get('url', '')})")
-
-    def _request(self, request: Request) -> None:
-        self._address(request.url)
-
-    def _address(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in {"data", "blob", "about"} and parts.netloc != self.host:
-            self._note(f"left the host: {url}")
-
-    def _note(self, problem: str) -> None:
-        if not any(part in problem for part in self.expected):
-            self.problems.append(problem)
 
 
 @dataclass
