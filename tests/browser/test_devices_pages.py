@@ -82,18 +82,6 @@ def test_waiting_devices_are_approved_one_by_one_and_together(site: Federation, 
     expect(page.get_by_text("No device is like that.")).to_be_visible()
 
 
-def test_a_device_page_shows_what_it_did_and_how_far_it_agrees(site: Federation, visit: Visitor) -> None:
-    site.wait_run(RUN, lambda run: run.rounds_done >= 3, "three rounds")
-    page = visit(site, "/devices/pi-kitchen", role=Role.VIEWER)
-    expect(page.get_by_role("img", name="Agreement by version").locator("svg path").first).to_be_attached()
-    expect(page.get_by_text(re.compile(r"\d+ accepted"))).to_be_visible()
-    history = page.get_by_role("region", name="History").locator("tbody tr")
-    expect(history.filter(has_text="accepted").first).to_contain_text(RUN)
-    expect(page.get_by_role("group", name="Actions")).to_have_count(0)
-    page.get_by_text("The last contributions as a table").click()
-    expect(page.get_by_role("region", name="Contributions").locator("tbody tr").first).to_contain_text(RUN)
-
-
 def test_suspending_re_ranking_and_revoking(site: Federation, visit: Visitor) -> None:
     site.join("victim", 8)
     page = visit(site, "/devices/victim")
@@ -162,6 +150,18 @@ def test_without_devices_the_next_step_is_a_token(bare_site: Federation, visit: 
     page = visit(bare_site, "/devices")
     page.get_by_role("link", name="Make a join token").click()
     expect(page.get_by_role("heading", name="Enrolment", level=1)).to_be_visible()
+
+
+def test_a_device_page_shows_what_it_did_and_how_far_it_agrees(site: Federation, visit: Visitor) -> None:
+    site.wait_run(RUN, lambda run: run.rounds_done >= 3, "three rounds")
+    page = visit(site, "/devices/pi-kitchen", role=Role.VIEWER)
+    expect(page.get_by_role("img", name="Agreement by version").locator("svg path").first).to_be_attached()
+    expect(page.get_by_text(re.compile(r"\d+ accepted"))).to_be_visible()
+    history = page.get_by_role("region", name="History").locator("tbody tr")
+    expect(history.filter(has_text="accepted").first).to_contain_text(RUN)
+    expect(page.get_by_role("group", name="Actions")).to_have_count(0)
+    page.get_by_text("The last contributions as a table").click()
+    expect(page.get_by_role("region", name="Contributions").locator("tbody tr").first).to_contain_text(RUN)
 
 
 def test_on_a_phone_nothing_is_wider_than_the_screen(site: Federation, visit: Visitor) -> None:
