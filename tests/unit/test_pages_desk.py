@@ -132,7 +132,7 @@ def test_the_audit_leads_to_what_was_changed() -> None:
 def test_cells_are_labelled_for_narrow_screens() -> None:
     shown = wide_table(("Name", "Rank", ""), [("pi", "4", "")], label="Devices")
     assert shown.count('data-label="Rank"') == 1
-    assert '<span class="hidden">Actions</span>' in shown
+    assert '<span class="visually-hidden">Actions</span>' in shown
 
 
 def test_tags_and_whole_numbers_as_people_write_them() -> None:

@@ -29,7 +29,7 @@ def numbers_of(options: Mapping[str, object], *, label: str) -> Markup:
         for row in rows
     )
     return Markup(
-        '<details class="numbers"><summary>Numbers<span class="hidden"> of {0}</span></summary>{1}'
+        '<details class="numbers"><summary>Numbers<span class="visually-hidden"> of {0}</span></summary>{1}'
         '<div class="scroll" tabindex="0" role="region" aria-label="Numbers of {0}">'
         "<table><thead><tr>{2}</tr></thead><tbody>{3}</tbody></table></div></details>"
     ).format(label, Markup('<p class="sub">{}</p>').format(left_out) if left_out else "", top, body)

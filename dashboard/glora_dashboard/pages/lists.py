@@ -22,7 +22,7 @@ def wide_table(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, label: st
 
 
 def _heading(words: str) -> Cell:
-    return words or Markup('<span class="hidden">Actions</span>')
+    return words or Markup('<span class="visually-hidden">Actions</span>')
 
 
 def _cells(head: Sequence[str], cells: Sequence[Cell]) -> Iterable[Markup]:

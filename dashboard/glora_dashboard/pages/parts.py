@@ -71,18 +71,6 @@ def facts(pairs: Iterable[tuple[str, str | Markup]], *, kind: str = "facts") -> 
     return Markup('<dl class="{}">{}</dl>').format(kind, join(rows))
 
 
-def table(head: Sequence[str | Markup], rows: Iterable[Sequence[str | Markup]], *, label: str) -> Markup:
-    """A table that scrolls sideways by itself where the screen is narrow."""
-    top = join(Markup('<th scope="col">{}</th>').format(cell) for cell in head)
-    body = join(
-        Markup("<tr>{}</tr>").format(join(Markup("<td>{}</td>").format(cell) for cell in cells)) for cells in rows
-    )
-    return Markup(
-        '<div class="scroll" tabindex="0" role="region" aria-label="{}"><table><thead><tr>{}</tr></thead>'
-        "<tbody>{}</tbody></table></div>"
-    ).format(label, top, body)
-
-
 def join(parts: Iterable[str | Markup], between: str = "") -> Markup:
     """The parts one after the other with `between` between them, all escaped where they are no Markup."""
     return escape(between).join(parts)

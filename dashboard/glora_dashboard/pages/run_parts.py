@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from glora_dashboard.pages import format as fmt
 from glora_dashboard.pages.gantt import progress_words, share_of
-from glora_dashboard.pages.parts import anchor, bar, facts, join, pill, table
+from glora_dashboard.pages.lists import wide_table
+from glora_dashboard.pages.parts import anchor, bar, facts, join, pill
 from glora_dashboard.pages.quality import best_by_version, gain_words
 from glora_dashboard.pages.signs import ASSIGNMENT_SIGNS, ROUND_TONES
 from glora_server.coordinator.views import AssignmentView, RoundView, RunView
@@ -119,7 +120,7 @@ def rounds_table(run_name: str) -> Callable[[tuple[RoundView, ...]], Markup]:
         if not views:
             return Markup('<p class="muted">No round yet.</p>')
         head = ("Round", "State", "Updates", "Began", "Took", "What happened")
-        return table(head, (_round_row(run_name, view) for view in views), label="Rounds")
+        return wide_table(head, (_round_row(run_name, view) for view in views), label="Rounds")
 
     return draw
 
@@ -134,7 +135,7 @@ def _round_row(run_name: str, view: RoundView) -> Sequence[str | Markup]:
         f"{view.accepted:,} of {round_.target or view.devices:,}",
         fmt.moment(round_.opened_at),
         fmt.span(view.seconds),
-        Markup('<span class="long">{}</span>').format(round_.message),
+        Markup('<span class="long">{}</span>').format(round_.message) if round_.message else "",
     )
 
 
