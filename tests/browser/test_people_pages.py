@@ -133,6 +133,15 @@ def test_ones_own_sessions_are_listed_and_ended(bare_site: Federation, visit: Vi
     expect(rows).to_have_count(1)
 
 
+def test_signing_out_ends_the_session(bare_site: Federation, visit: Visitor) -> None:
+    page = visit(bare_site, fresh=True, expected=CUT)
+    page.get_by_role("banner").get_by_text(name_of(Role.OPERATOR)).first.click()
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+    page.goto(f"{bare_site.url}/account")
+    expect(page.get_by_role("button", name="Sign in")).to_be_visible()
+
+
 def test_changing_the_password_signs_out_and_the_new_one_counts(bare_site: Federation, visit: Visitor) -> None:
     admin = visit(bare_site, PATH, role=Role.ADMIN)
     create(admin, "edsger", PASSWORD)
