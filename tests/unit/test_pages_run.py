@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 from fake_server import FakeServer
+from storage_records import assignment, evaluation
 
 from glora_dashboard.pages import parts, run_charts, run_parts
 from glora_dashboard.pages.chart_numbers import MOST_ROWS, numbers_of
+from glora_dashboard.pages.charts import line, plot
 from glora_dashboard.pages.overview import alert_list, run_card
 from glora_dashboard.pages.policy_form import changes_of
-from glora_dashboard.pages.quality import best_by_version, gain_words
+from glora_dashboard.pages.quality import best_by_version, gain_words, newest_words
 from glora_dashboard.pages.run_actions import possible_actions
-from glora_dashboard.pages.signs import ASSIGNMENT_SIGNS, ROUND_TONES, RUN_TONES, SEVERITY_SIGNS
+from glora_dashboard.pages.signs import ASSIGNMENT_SIGNS, ROUND_TONES, RUN_TONES, SEVERITY_SIGNS, work_sign
 from glora_server.coordinator.model import MetricPhase
 from glora_server.coordinator.policy_table import POLICY_KEYS
 from glora_server.coordinator.views import RankScore, RunView
@@ -69,6 +71,9 @@ async def test_quality_is_that_of_the_largest_rank_before_local_training(view: R
 async def test_gain_names_the_version_that_it_is_measured_from(view: RunView) -> None:
     points = best_by_version(replace(view, scores=(score(951, 8, 0.5), score(1000, 8, 0.4))))
     assert gain_words(points) == "-10.0 points since version 951"
+    assert newest_words(points, 1000) == gain_words(points)
+    assert newest_words(points, 1004) == "version 1,000, -10.0 points since version 951", "1,004 is not measured yet"
+    assert newest_words((), 3) == ""
 
 
 @pytest.mark.parametrize(
@@ -102,6 +107,19 @@ async def test_names_are_escaped_wherever_they_stand(view: RunView) -> None:
     shown = replace(view, run=replace(view.run, name=nasty), waiting=nasty)
     for markup in (run_card(shown), run_parts.tiles(shown), run_parts.settings(shown), run_parts.this_round(shown)):
         assert "<script>" not in markup
+
+
+def test_a_device_that_evaluates_does_not_train() -> None:
+    assert work_sign(evaluation(phase=AssignmentPhase.DELIVERED)) == ("active", "evaluating")
+    assert work_sign(evaluation(phase=AssignmentPhase.FAILED)) == ASSIGNMENT_SIGNS[AssignmentPhase.FAILED]
+    assert work_sign(assignment(phase=AssignmentPhase.DELIVERED)) == ("active", "training")
+
+
+@pytest.mark.parametrize(("points", "empty"), [([], True), ([(1, 0.5)], False)])
+def test_a_chart_without_numbers_says_so(points: list[tuple[int, float | None]], empty: bool) -> None:
+    title = plot([line("a", points, colour="red")])["title"]
+    assert isinstance(title, dict)
+    assert title["show"] is empty
 
 
 def test_every_state_has_a_sign_of_its_own() -> None:

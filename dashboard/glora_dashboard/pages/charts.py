@@ -63,6 +63,8 @@ def plot(
         "grid": {"left": 8, "right": 14, "top": 40 if legend else 18, "bottom": 6, "containLabel": True},
         "legend": {"show": legend, "top": 0, "left": 0, "data": names, "textStyle": dict(_TEXT), "itemHeight": 8}
         | {"itemWidth": 16, "itemGap": 14, "type": "scroll"},
+        "title": {"show": not _has_points(series), "text": "Nothing yet", "textStyle": _TEXT | {"fontWeight": "normal"}}
+        | {"left": "center", "top": "middle"},
         "tooltip": _tooltip("axis") | {":valueFormatter": unit},
         "xAxis": {"type": "category", "axisLabel": dict(_TEXT), "axisLine": dict(_LINE), "axisTick": {"show": False}},
         "yAxis": {
@@ -73,6 +75,10 @@ def plot(
         },
         "series": list(series),
     }
+
+
+def _has_points(series: Sequence[Options]) -> bool:
+    return any(item["data"] for item in series)
 
 
 def line(name: str, points: Points, *, colour: str, thin: bool = False, dashed: bool = False) -> Options:

@@ -13,7 +13,7 @@ from glora_dashboard.pages.forms import row_button
 from glora_dashboard.pages.gantt import progress_words
 from glora_dashboard.pages.lists import wide_table
 from glora_dashboard.pages.parts import anchor, facts, icon, join, pill
-from glora_dashboard.pages.signs import ASSIGNMENT_SIGNS
+from glora_dashboard.pages.signs import work_sign
 from glora_server.coordinator.model import DeviceState, Profile
 from glora_server.coordinator.views import DeviceView
 from glora_server.coordinator.views_history import Contribution, DeviceDetail, DeviceLine, Outcome, WorkView
@@ -43,8 +43,7 @@ def presence(view: DeviceView) -> Markup:
     if view.device.state is not DeviceState.APPROVED:
         return pill(*STATE_SIGNS[view.device.state])
     if view.current is not None:
-        tone, word = ASSIGNMENT_SIGNS[view.current.assignment.phase]
-        return pill(tone, word)
+        return pill(*work_sign(view.current.assignment))
     return pill("good", "online") if view.online else pill("idle", "away")
 
 
@@ -177,7 +176,7 @@ def now_doing(view: DeviceView) -> Markup:
         words = "It is online and waits for work." if view.online else "It is not here now."
         return Markup("{}").format(words)
     progress = view.current.progress
-    words = progress_words(progress) if progress else ASSIGNMENT_SIGNS[view.current.assignment.phase][1]
+    words = progress_words(progress) if progress else work_sign(view.current.assignment)[1]
     return Markup("For {}: {}.").format(anchor(view.current_run, f"/runs/{view.current_run}"), words)
 
 
@@ -236,7 +235,7 @@ def _work(item: WorkView) -> Sequence[str | Markup]:
         anchor(item.run_name, f"/runs/{item.run_name}"),
         anchor(f"{item.round_number}{again}", address) if item.round_number is not None else "evaluation",
         str(assignment.rank or ", ".join(map(str, assignment.ranks)) or fmt.NONE),
-        pill(*ASSIGNMENT_SIGNS[assignment.phase]),
+        pill(*work_sign(assignment)),
         fmt.moment(began),
         fmt.span(took),
         moved if item.view.bytes_down or item.view.bytes_up else fmt.NONE,

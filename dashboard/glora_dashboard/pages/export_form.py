@@ -132,9 +132,9 @@ def quality(item: Exportable, rank: int | None) -> Markup:
             found.rows,
         )
     ranks = ", ".join(str(score.rank) for score in item.scores)
-    words = f"it was at {ranks}" if ranks else "no device measured it"
-    return Markup('<p class="muted" role="status">Version {} was not measured at this rank; {}.</p>').format(
-        version, words
+    words = f"Version {version} was not measured at this rank; it was at {ranks}."
+    return Markup('<p class="muted" role="status">{}</p>').format(
+        words if ranks else f"No device measured version {version}."
     )
 
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from glora_dashboard.pages import format as fmt
 from glora_dashboard.pages.parts import anchor, bar, join, pill
-from glora_dashboard.pages.signs import ASSIGNMENT_SIGNS
+from glora_dashboard.pages.signs import work_sign
 from glora_server.coordinator.views import AssignmentView, LiveProgress
 from glora_server.rounds.assignment import Assignment, AssignmentPhase
 
@@ -66,7 +66,7 @@ def legend() -> Markup:
 def row(view: AssignmentView, window: Window, *, now: float) -> Markup:
     """One device."""
     assignment = view.assignment
-    tone, word = ASSIGNMENT_SIGNS[assignment.phase]
+    tone, word = work_sign(assignment)
     return Markup(
         '<div class="g-row" role="row" data-key="{key}"><span class="g-device" role="cell">{name}'
         '<small>rank {rank}</small></span><span class="g-track" role="cell">{marks}{pieces}'
@@ -138,7 +138,7 @@ def _detail(view: AssignmentView) -> Markup:
     if assignment.is_open and progress is not None:
         return Markup('<span class="g-live">{}<small>{}</small></span>').format(
             bar(share_of(progress), label=f"{view.device_name} {progress.phase}"),
-            progress_words(progress, besides=ASSIGNMENT_SIGNS[assignment.phase][1]),
+            progress_words(progress, besides=work_sign(assignment)[1]),
         )
     if assignment.phase is AssignmentPhase.ACCEPTED_UPDATE:
         rows = fmt.count(assignment.training_rows, "row")

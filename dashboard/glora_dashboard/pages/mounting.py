@@ -103,7 +103,6 @@ class _Pages(Mount):
         """Whether the pages answer."""
         if scope["type"] == "http" and scope["path"].lower().startswith("/api"):
             return Match.NONE, {}
-        known = any(route.matches(scope)[0] is not Match.NONE for route in self._others if route is not self)
-        if known and scope["path"] != "/":
+        if any(route.matches(scope)[0] is not Match.NONE for route in self._others if route is not self):
             return Match.NONE, {}
         return super().matches(scope)

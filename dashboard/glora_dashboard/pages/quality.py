@@ -28,6 +28,13 @@ def best_by_version(view: RunView) -> Sequence[Quality]:
     return [Quality(version_number=number, accuracy=value) for number, (_, value) in sorted(best.items())]
 
 
+def newest_words(points: Sequence[Quality], newest: int | None) -> str:
+    """Of which version the last accuracy is, where that is not the newest one, and how much was gained."""
+    late = bool(points) and points[-1].version_number != newest
+    words = f"version {points[-1].version_number:,}" if late else ""
+    return ", ".join(filter(None, (words, gain_words(points))))
+
+
 def gain_words(points: Sequence[Quality]) -> str:
     """ "+12.1 points since the start", or since the oldest version that is known here; empty below two versions."""
     if len(points) < 2:

@@ -12,8 +12,8 @@ from glora_dashboard.pages import format as fmt
 from glora_dashboard.pages.gantt import progress_words, share_of
 from glora_dashboard.pages.lists import wide_table
 from glora_dashboard.pages.parts import anchor, bar, facts, join, pill
-from glora_dashboard.pages.quality import best_by_version, gain_words
-from glora_dashboard.pages.signs import ASSIGNMENT_SIGNS, ROUND_TONES
+from glora_dashboard.pages.quality import best_by_version, newest_words
+from glora_dashboard.pages.signs import ROUND_TONES, work_sign
 from glora_server.coordinator.views import AssignmentView, RoundView, RunView
 from glora_server.coordinator.views_plots import Ancestor
 from glora_server.rounds.assignment import OPEN, AssignmentPhase
@@ -41,7 +41,11 @@ def tiles(view: RunView) -> Markup:
     version = fmt.NONE if view.version_number is None else f"{view.version_number:,}"
     cells = (
         ("Rounds done", f"{view.run.rounds_done:,}", f"of {policy.rounds:,}"),
-        ("Accuracy", fmt.percent(accuracy[-1].accuracy if accuracy else None), gain_words(accuracy)),
+        (
+            "Accuracy",
+            fmt.percent(accuracy[-1].accuracy if accuracy else None),
+            newest_words(accuracy, view.version_number),
+        ),
         ("Version", version, ""),
         ("Devices online", f"{view.online_devices:,}", f"of {view.eligible_devices:,} that may train"),
         ("Strategy", spec.strategy.name, f"rank up to {spec.lora.max_rank}"),
@@ -102,7 +106,7 @@ def _busy(current: RoundView) -> Markup:
 
 def _busy_row(view: AssignmentView) -> Markup:
     progress = view.progress
-    _, word = ASSIGNMENT_SIGNS[view.assignment.phase]
+    _, word = work_sign(view.assignment)
     waits = view.assignment.phase in {AssignmentPhase.OFFERED, AssignmentPhase.RECEIVED}
     share = 0.0 if waits else share_of(progress) if progress else None
     return Markup('<li data-key="{}"><span>{}</span>{}<span class="muted small">{}</span></li>').format(

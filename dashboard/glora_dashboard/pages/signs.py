@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from glora_server.coordinator.views_plots import Severity
-from glora_server.rounds.assignment import AssignmentPhase
+from glora_server.rounds.assignment import Assignment, AssignmentKind, AssignmentPhase
 from glora_server.rounds.round import RoundPhase
 from glora_server.rounds.run import RunPhase
 
@@ -46,3 +46,10 @@ SEVERITY_SIGNS: Final[Mapping[Severity, tuple[str, str]]] = {
     Severity.WARNING: ("warn", "Warning"),
     Severity.INFO: ("idle", "Note"),
 }
+
+
+def work_sign(assignment: Assignment) -> tuple[str, str]:
+    """Tone and word of what a device does, or of how it ended."""
+    if assignment.kind is AssignmentKind.EVALUATE and assignment.phase is _A.DELIVERED:
+        return "active", "evaluating"
+    return ASSIGNMENT_SIGNS[assignment.phase]

@@ -195,9 +195,17 @@
     setTimeout(probe, 4000);
   }
 
+  // On a phone the navigation is wider than the screen; NiceGUI draws it after the document was loaded.
+  function showPlace() {
+    const here = document.querySelector(".nav [aria-current]");
+    if (here) here.scrollIntoView({ inline: "center", block: "nearest" });
+    else if (!document.querySelector(".nav")) setTimeout(showPlace, 50);
+  }
+
   document.addEventListener("DOMContentLoaded", () => {
     applyTheme();
     document.getElementById("popup")?.setAttribute("role", "alert");
+    showPlace();
     watchSocket();
     probe();
   });
