@@ -163,6 +163,10 @@ class Queries(Protocol):
         """Runs, newest first; without the devices of their rounds, but for those that the wait is for."""
         ...
 
+    async def plain_runs(self, page: Page) -> Listing[Run]:
+        """Runs as they are stored, newest first: for choosing one, without what each does and waits for."""
+        ...
+
     async def run(self, name: str) -> RunView:
         """One run."""
         ...

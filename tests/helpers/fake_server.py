@@ -250,6 +250,9 @@ class FakeServer(FakeHistory):
     async def runs(self, page: Page) -> Listing[RunView]:
         return _part([self._view(name) for name in self.run_records], page)
 
+    async def plain_runs(self, page: Page) -> Listing[Run]:
+        return _part([run for run, _ in self.run_records.values()], page)
+
     async def run(self, name: str) -> RunView:
         return self._view(name)
 

@@ -56,6 +56,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 Question = Callable[[Queries], Awaitable[object]]
 BOUNDS: dict[str, tuple[Question, int]] = {
     "runs": (lambda q: q.runs(PAGE), 400),
+    "plain runs": (lambda q: q.plain_runs(PAGE), 25),
     "run": (lambda q: q.run(MAIN), 800),
     "rounds": (lambda q: q.rounds(MAIN, PAGE), 60),
     "round": (lambda q: q.round(MAIN, 30), 60),

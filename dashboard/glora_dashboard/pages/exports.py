@@ -19,7 +19,7 @@ from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.pager import Pager
 from glora_dashboard.pages.parts import Block, anchor, card, empty
 from glora_dashboard.pages.site import Site, may
-from glora_server.coordinator.model import Listing, Page
+from glora_server.coordinator.model import Listing, Page, Run
 from glora_server.coordinator.people import Role
 from glora_server.coordinator.views import RunView
 from glora_server.coordinator.views_history import VersionScore
@@ -33,15 +33,16 @@ _RANKS_SHOWN: Final = 8
 @page("/exports", title="Exports", nav="Exports")
 async def exports_page(site: Site, run: str = "") -> None:
     """What can be exported; operators do so."""
-    runs = (await site.queries.runs(Page(size=_RUNS_OFFERED))).items
-    started = [view for view in runs if view.version_number is not None]
-    chosen = await site.queries.run(run) if run else next(iter(started), None)
+    runs = (await site.queries.plain_runs(Page(size=_RUNS_OFFERED))).items
+    started = [record for record in runs if record.version_id is not None]
+    name = run or next((record.name for record in started), "")
+    chosen = await site.queries.run(name) if name else None
     with frame("Exports"):
         ui.add_head_html(f'<script src="{STATIC_PREFIX}/export.js" defer></script>')
         if chosen is None:
             _nothing(operator=may(Role.OPERATOR))
             return
-        _pick_run(started, chosen)
+        _pick_run(started, chosen.run)
         if chosen.version_number is None:
             empty(
                 "No version yet",
@@ -57,10 +58,10 @@ def _nothing(*, operator: bool) -> None:
     empty("Nothing to export yet", sentence, link=("Create a run", "/runs/new") if operator else None)
 
 
-def _pick_run(started: list[RunView], chosen: RunView) -> None:
-    names = {view.run.name: f"{view.run.name} ({view.run.phase.value})" for view in [*started, chosen]}
+def _pick_run(started: list[Run], chosen: Run) -> None:
+    names = {run.name: f"{run.name} ({run.phase.value})" for run in [*started, chosen]}
     with ui.element("div").classes("filters narrow"):
-        field = ui.select(names, value=chosen.run.name, label="Run", with_input=len(names) > 15)
+        field = ui.select(names, value=chosen.name, label="Run", with_input=len(names) > 15)
         field.props("outlined dense options-dense").classes("find")
         field.on_value_change(lambda: ui.navigate.to(f"/exports?run={field.value}") if field.value else None)
 

@@ -118,6 +118,10 @@ class Queries:
 
         return await self._ask(work)
 
+    async def plain_runs(self, page: Page) -> Listing[Run]:
+        """Runs as they are stored, newest first: for choosing one, without what each does and waits for."""
+        return await self._ask(lambda uow, _: uow.runs.list(page))
+
     async def run(self, name: str) -> RunView:
         """One run; raises RUN_UNKNOWN."""
         return await self._ask(lambda uow, present: rounds.run_view(uow, present, uow.runs.by_name(name)))
