@@ -117,7 +117,8 @@ class SpectrumCellAnswer(Answer):
     module: int
     number: int
     shares: list[float] = Field(description="The largest eigenvalues as shares of all that were kept.")
-    effective_rank: float | None
+    effective_rank: float | None = Field(description="exp of the entropy of the shares.")
+    consensus: float | None = Field(description="Mean cosine between a device's change and the mean change.")
     captured_energy: float | None
 
 

@@ -200,7 +200,7 @@ def contribution(assignment: Assignment, version_id: VersionId, number: int, sha
 
 
 def figures(number: int) -> tuple[ModuleFigures, ...]:
-    """The consensus gathers in fewer directions round by round, later layers first."""
+    """Votes gather in fewer directions round by round; devices agree more and then, nearer to the end, less."""
     return tuple(
         module_figures(
             module.name,
@@ -210,10 +210,16 @@ def figures(number: int) -> tuple[ModuleFigures, ...]:
                 "captured_energy": 0.99 - 0.12 * math.exp(-number / 80) - 0.001 * (place % 5),
                 "truncation_error": 0.1 + 0.25 * math.exp(-number / 80),
                 "mean_norm": 0.4 + 1.6 * math.exp(-number / 200),
+                "clients": [{"share": 1.0, "change_cosine": _agreement(number, place)}],
             },
         )
         for place, module in enumerate(manifest().modules)
     )  # fmt: skip
+
+
+def _agreement(number: int, place: int) -> float:
+    rise, fall = 1 - math.exp(-(number + 2) / 12), math.exp(-number / 140)
+    return (0.3 + 0.45 * rise * fall) * (0.72 + 0.28 * math.sin(0.35 * place + number / 40) ** 2)
 
 
 def summary(number: int) -> dict[str, float]:

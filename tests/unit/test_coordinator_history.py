@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from glora_server.coordinator.views_history import Contribution, Outcome, Stage,
 from glora_server.rounds.assignment import AssignmentPhase
 from glora_server.rounds.ids import AssignmentId, DeviceId, RunId, VersionId
 from glora_server.rounds.round import RoundPhase
+from glora_server.storage.history_codec import modules_from, modules_text
 from glora_wire.errors import Reason
 
 DONE = assignment(
@@ -108,10 +110,21 @@ def test_a_round_is_summed_up() -> None:
     assert (never.seconds, never.stages, never.update_norms) == (0.0, {}, None)
 
 
+def test_figures_of_an_earlier_server_are_read() -> None:
+    made = module_figures("m", {"eigenvalues": [3.0, 1.0], "clients": [{"share": 1.0, "change_cosine": 0.5}]})
+    text = modules_text([made])
+    assert modules_from(text) == (made,)
+    earlier = json.dumps([entry[:-1] for entry in json.loads(text)])
+    assert modules_from(earlier) == (replace(made, consensus=None),)
+
+
 def test_a_module_is_summed_up() -> None:
     one = module_figures("m", {"eigenvalues": [4.0, 0.0], "captured_energy": 0.9, "truncation_error": None})
     assert (one.spectrum, one.effective_rank) == ((1.0, 0.0), 1.0)
     assert (one.captured_energy, one.truncation_error, one.mean_norm) == (0.9, None, None)
+    assert one.consensus is None, "no device was measured"
+    clients = [{"share": 0.75, "change_cosine": 1.0}, {"share": 0.25, "change_cosine": -1.0}]
+    assert module_figures("m", {"clients": clients}).consensus == pytest.approx(0.5)
     even = module_figures("m", {"eigenvalues": [1.0, 1.0, 1.0, 1.0]})
     assert even.effective_rank == pytest.approx(4.0)
     nothing = module_figures("m", {"eigenvalues": []})

@@ -202,24 +202,38 @@ def test_a_chart_s_table_is_bounded_and_says_so() -> None:
 
 def test_the_heat_map_s_numbers_are_its_newest_columns() -> None:
     cells = tuple(
-        SpectrumCell(module=0, number=index, shares=(1.0,), effective_rank=float(index + 1), captured_energy=0.9)
+        SpectrumCell(
+            module=0, number=index, shares=(1.0,), effective_rank=3.0, consensus=index / 16, captured_energy=0.9
+        )
         for index in range(12)
     )
     spectrum = SpectrumMap(modules=("<query>",), numbers=tuple(range(1, 13)), cells=cells, modules_left_out=0)
     table = numbers_of(run_charts.spectrum_options(spectrum), label="Consensus")
-    assert '<th scope="row">&lt;query&gt;</th><td>5</td>' in table
+    assert '<th scope="row">&lt;query&gt;</th><td>0.25</td>' in table
     assert "version 12</th>" in table
     assert "The newest 8 of 12 versions." in table
 
 
 def test_the_heat_map_names_each_cell_by_module_and_version() -> None:
-    cell = SpectrumCell(module=1, number=0, shares=(0.7, 0.3), effective_rank=1.84, captured_energy=0.9)
+    cell = SpectrumCell(module=1, number=0, shares=(0.7, 0.3), effective_rank=1.84, consensus=0.52, captured_energy=0.9)
     spectrum = SpectrumMap(modules=("l.0.query", "l.1.<query>"), numbers=(7,), cells=(cell,), modules_left_out=0)
     [[column, row, value, words]] = curves(run_charts.spectrum_options(spectrum))[""]
-    assert (column, row, value) == (0, 1, 1.84)
+    assert (column, row, value) == (0, 1, 0.52)
     assert "l.1.&lt;query&gt;" in words
     assert "version 7" in words
+    assert "1.84 effective directions" in words
     assert "70 %, 30 %" in words
+
+
+def test_a_strategy_without_a_spectrum_has_a_heat_map_too() -> None:
+    cell = SpectrumCell(module=0, number=0, shares=(), effective_rank=None, consensus=-0.25, captured_energy=None)
+    spectrum = SpectrumMap(modules=("query",), numbers=(1,), cells=(cell,), modules_left_out=0)
+    options = run_charts.spectrum_options(spectrum)
+    [[*_, value, words]] = curves(options)[""]
+    assert value == -0.25
+    assert "directions" not in words
+    assert isinstance(options["visualMap"], dict)
+    assert (options["visualMap"]["min"], options["visualMap"]["max"]) == (-0.25, 1.0)
 
 
 @pytest.mark.parametrize(

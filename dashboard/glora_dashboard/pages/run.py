@@ -105,11 +105,11 @@ class _Plots:
                 self._accuracy = Chart(run_charts.quality_options(series, loss=False), label="Accuracy by version")
             with card("Loss", note="the same rows"):
                 self._loss = Chart(run_charts.quality_options(series, loss=True), label="Loss by version")
-        note = "how many directions carry each module's mean update: few means that devices agree"
+        note = "mean cosine between each device's change and the mean change, by module and version"
         with card("Consensus", note=note):
             self._consensus = Chart(
                 run_charts.spectrum_options(spectrum),
-                label="Effective directions of the consensus by module and version",
+                label="Agreement of devices by module and version",
                 height=_heat_height(spectrum),
             )
         with ui.element("div").classes("grid"):

@@ -11,7 +11,7 @@ from glora_dashboard.pages import format as fmt
 from glora_dashboard.pages.charts import PALETTE, Options, Points, band, bars, finite, heat_map, line, plot
 from glora_server.coordinator.model import MetricPhase
 from glora_server.coordinator.views_history import RoundFigures, Spread, Stage, VersionScore
-from glora_server.coordinator.views_plots import RunSeries, SpectrumMap
+from glora_server.coordinator.views_plots import RunSeries, SpectrumCell, SpectrumMap
 
 _STAGE_WORDS: Final[Mapping[Stage, str]] = {
     Stage.ACCEPTING: "accepting",
@@ -122,33 +122,31 @@ def seconds_options(series: RunSeries) -> Options:
 
 
 def spectrum_options(spectrum: SpectrumMap) -> Options:
-    """How many directions the devices' consensus has, by module and version."""
+    """How far the devices' changes agree, by module and version, with the spectrum of the consensus."""
     names = short_names(spectrum.modules)
     cells = [
-        (cell.number, cell.module, round(cell.effective_rank, 3), _cell_words(spectrum, cell.module, cell.number, i))
-        for i, cell in enumerate(spectrum.cells)
-        if cell.effective_rank is not None
+        (cell.number, cell.module, round(cell.consensus, 3), _cell_words(spectrum, cell))
+        for cell in spectrum.cells
+        if cell.consensus is not None
     ]
-    values = [value for _, _, value, _ in cells]
-    return heat_map(
-        [str(number) for number in spectrum.numbers],
-        names,
-        cells,
-        low=min(values, default=1.0),
-        high=max(values, default=2.0),
-        words=("few directions", "many"),
-    )
+    low = min((value for _, _, value, _ in cells), default=0.0)
+    numbers = [str(number) for number in spectrum.numbers]
+    return heat_map(numbers, names, cells, low=min(low, 0.0), high=1.0, words=("devices disagree", "agree"))
 
 
-def _cell_words(spectrum: SpectrumMap, module: int, number: int, index: int) -> str:
-    cell = spectrum.cells[index]
+def _cell_words(spectrum: SpectrumMap, cell: SpectrumCell) -> str:
     shares = ", ".join(fmt.percent(share, 0) for share in cell.shares[:5])
+    directions = (
+        Markup("<br>{} effective directions<br>largest shares: {}").format(fmt.number(cell.effective_rank), shares)
+        if cell.effective_rank is not None
+        else ""
+    )
     return str(
-        Markup("<b>{}</b><br>version {}: {} effective directions<br>largest shares: {}<br>captured energy: {}").format(
-            spectrum.modules[module],
-            spectrum.numbers[number],
-            fmt.number(cell.effective_rank),
-            shares or fmt.NONE,
+        Markup("<b>{}</b><br>version {}: mean cosine {}{}<br>captured energy: {}").format(
+            spectrum.modules[cell.module],
+            spectrum.numbers[cell.number],
+            fmt.number(cell.consensus),
+            directions,
             fmt.percent(cell.captured_energy),
         )
     )

@@ -14,7 +14,7 @@ from typing import Final
 
 from glora_server.coordinator.model import Upload
 from glora_server.coordinator.ports import UnitOfWork
-from glora_server.coordinator.quality import Values, effective_rank
+from glora_server.coordinator.quality import Values, consensus_of, effective_rank
 from glora_server.coordinator.scores import spread_of
 from glora_server.coordinator.views_history import (
     Contribution,
@@ -162,6 +162,7 @@ def module_figures(name: str, values: Values) -> ModuleFigures:
         truncation_error=_finite(values.get("truncation_error")),
         mean_norm=_finite(values.get("mean_norm")),
         effective_rank=_finite(effective_rank(eigenvalues)),
+        consensus=_finite(consensus_of(values)),
     )
 
 

@@ -40,7 +40,7 @@ def quality_of(modules: Sequence[Values]) -> Quality:
         captured_energy=_spread(_number(values.get("captured_energy")) for values in modules),
         truncation_error=_spread(_number(values.get("truncation_error")) for values in modules),
         eigengap=_spread(_eigengap(values) for values in modules),
-        consensus=_spread(_consensus(values) for values in modules),
+        consensus=_spread(consensus_of(values) for values in modules),
         effective_rank=_spread(_effective_rank(values) for values in modules),
     )
 
@@ -52,8 +52,11 @@ def _eigengap(values: Values) -> float:
     return _number(values.get("eigengap")) / largest if largest > 0 else math.nan
 
 
-def _consensus(values: Values) -> float:
-    """Mean over devices, by their share, of the cosine between a device's change and the mean change."""
+def consensus_of(values: Values) -> float:
+    """Mean over devices, by their share, of the cosine between a device's change and the mean change; NaN: unknown.
+
+    The mean contains each device's own change: n devices that have nothing in common still have 1/√n.
+    """
     clients = values.get("clients")
     if not isinstance(clients, Sequence):
         return math.nan

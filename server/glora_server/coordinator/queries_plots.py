@@ -91,6 +91,7 @@ def spectrum(uow: UnitOfWork, run: Run) -> SpectrumMap:
             number=column,
             shares=module.spectrum,
             effective_rank=module.effective_rank,
+            consensus=module.consensus,
             captured_energy=module.captured_energy,
         )
         for column, version in enumerate(versions)

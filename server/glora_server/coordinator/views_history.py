@@ -85,6 +85,8 @@ class ModuleFigures:
     mean_norm: float | None
     effective_rank: float | None
     """exp of the entropy of the spectrum: 1 = one direction has it all."""
+    consensus: float | None = None
+    """Mean cosine between a device's change and the mean change: 1 = all pull the same way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

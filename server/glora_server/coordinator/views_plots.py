@@ -51,6 +51,7 @@ class SpectrumCell:
     """Place in `SpectrumMap.numbers`."""
     shares: tuple[float, ...]
     effective_rank: float | None
+    consensus: float | None
     captured_energy: float | None
 
 

@@ -55,7 +55,8 @@ def modules_from(text: str) -> tuple[ModuleFigures, ...]:
     names = [field.name for field in fields(ModuleFigures)]
     found = []
     for entry in json.loads(text):
-        values: dict[str, Any] = dict(zip(names, entry, strict=True))
+        # A list of an earlier server lacks the fields that came later; they stand at the end and have defaults.
+        values: dict[str, Any] = dict(zip(names, entry, strict=False))
         values["spectrum"] = tuple(values["spectrum"])
         found.append(ModuleFigures(**values))
     return tuple(found)
