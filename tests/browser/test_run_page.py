@@ -22,7 +22,7 @@ def test_it_shows_curves_consensus_rounds_and_lineage(site: Federation, visit: V
     for label in (
         "Accuracy by version",
         "Loss by version",
-        "Effective directions of the consensus by module and version",
+        "Agreement of devices by module and version",
         "Captured energy and truncation error",
         "Norms of updates by round",
         "Bytes moved by round",
@@ -37,7 +37,7 @@ def test_it_shows_curves_consensus_rounds_and_lineage(site: Federation, visit: V
 def test_a_chart_s_numbers_are_there_for_those_who_do_not_see_it(site: Federation, visit: Visitor) -> None:
     site.wait_run(RUN, lambda run: run.rounds_done >= 2, "two rounds")
     page = visit(site, PAGE, role=Role.VIEWER)
-    for label in ("Accuracy by version", "Effective directions of the consensus by module and version"):
+    for label in ("Accuracy by version", "Agreement of devices by module and version"):
         page.get_by_text(f"Numbers of {label}", exact=True).click()
         table = page.get_by_role("region", name=f"Numbers of {label}")
         expect(table.get_by_role("rowheader").first).to_be_visible()
