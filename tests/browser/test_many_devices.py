@@ -26,7 +26,7 @@ def test_the_devices_of_a_round_come_in_parts(crowd: Served, visit: Visitor) -> 
 
 def test_a_run_with_many_modules_and_rounds_draws_one_cell_for_each(crowd: Served, visit: Visitor) -> None:
     page = visit.at(crowd.url, "/runs/news-topics", user=crowd.user, password=crowd.password)
-    chart = page.get_by_role("img", name="Effective directions of the consensus by module and version")
+    chart = page.get_by_role("img", name="Agreement of devices by module and version")
     expect(chart.locator("svg")).to_be_visible()
     expect(chart.locator("svg path").nth(24 * 29)).to_be_attached()
     expect(page.locator(".busy li")).to_have_count(7)
