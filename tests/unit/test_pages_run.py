@@ -122,6 +122,13 @@ def test_a_chart_without_numbers_says_so(points: list[tuple[int, float | None]],
     assert title["show"] is empty
 
 
+def test_an_empty_heat_map_says_so() -> None:
+    nothing = SpectrumMap(modules=(), numbers=(), cells=(), modules_left_out=0)
+    title = run_charts.spectrum_options(nothing)["title"]
+    assert isinstance(title, dict)
+    assert title["show"] is True
+
+
 def test_every_state_has_a_sign_of_its_own() -> None:
     assert set(RUN_TONES) == set(RunPhase)
     assert set(ROUND_TONES) == set(RoundPhase)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from markupsafe import Markup
@@ -19,7 +19,7 @@ PERCENT: Final = "(v) => v == null ? '–' : (100 * v).toFixed(1) + ' %'"
 def numbers_of(options: Mapping[str, object], *, label: str) -> Markup:
     """A table that can be opened, of at most MOST_ROWS rows: the newest; empty where nothing is drawn."""
     series = [item for item in _list(options["series"]) if isinstance(item, dict)]
-    if not any(item["data"] for item in series):
+    if not has_points(series):
         return Markup("")
     is_map = any(item.get("type") == "heatmap" for item in series)
     head, rows, left_out = _map_rows(options, series[0]) if is_map else _plot_rows(options, series)
@@ -33,6 +33,11 @@ def numbers_of(options: Mapping[str, object], *, label: str) -> Markup:
         '<div class="scroll" tabindex="0" role="region" aria-label="Numbers of {0}">'
         "<table><thead><tr>{2}</tr></thead><tbody>{3}</tbody></table></div></details>"
     ).format(label, Markup('<p class="sub">{}</p>').format(left_out) if left_out else "", top, body)
+
+
+def has_points(series: Iterable[Mapping[str, object]]) -> bool:
+    """Whether anything is drawn."""
+    return any(item["data"] for item in series)
 
 
 Rows = tuple[Sequence[str], Sequence[Sequence[str]], str]

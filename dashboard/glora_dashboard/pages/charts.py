@@ -8,7 +8,7 @@ from typing import Final
 
 from nicegui import ui
 
-from glora_dashboard.pages.chart_numbers import PERCENT, numbers_of
+from glora_dashboard.pages.chart_numbers import PERCENT, has_points, numbers_of
 from glora_dashboard.pages.parts import Block
 
 Options = dict[str, object]
@@ -63,8 +63,7 @@ def plot(
         "grid": {"left": 8, "right": 14, "top": 40 if legend else 18, "bottom": 6, "containLabel": True},
         "legend": {"show": legend, "top": 0, "left": 0, "data": names, "textStyle": dict(_TEXT), "itemHeight": 8}
         | {"itemWidth": 16, "itemGap": 14, "type": "scroll"},
-        "title": {"show": not _has_points(series), "text": "Nothing yet", "textStyle": _TEXT | {"fontWeight": "normal"}}
-        | {"left": "center", "top": "middle"},
+        "title": _nothing_yet(series),
         "tooltip": _tooltip("axis") | {":valueFormatter": unit},
         "xAxis": {"type": "category", "axisLabel": dict(_TEXT), "axisLine": dict(_LINE), "axisTick": {"show": False}},
         "yAxis": {
@@ -77,8 +76,16 @@ def plot(
     }
 
 
-def _has_points(series: Sequence[Options]) -> bool:
-    return any(item["data"] for item in series)
+def _nothing_yet(series: Sequence[Options]) -> Options:
+    """What a chart says in its middle while nothing is drawn."""
+    style = _TEXT | {"fontWeight": "normal"}
+    return {
+        "show": not has_points(series),
+        "text": "Nothing yet",
+        "textStyle": style,
+        "left": "center",
+        "top": "middle",
+    }
 
 
 def line(name: str, points: Points, *, colour: str, thin: bool = False, dashed: bool = False) -> Options:
@@ -142,8 +149,15 @@ def heat_map(
     words: tuple[str, str],
 ) -> Options:
     """Cells (column, row, value, tooltip text) from `low` to `high`; `words` name the two ends of the scale."""
+    drawn: Options = {
+        "type": "heatmap",
+        "data": [list(cell) for cell in cells],
+        "itemStyle": {"borderColor": "var(--card)", "borderWidth": 1},
+        "emphasis": {"disabled": True},
+    }
     return {
         "animation": False,
+        "title": _nothing_yet([drawn]),
         "textStyle": dict(_TEXT),
         "grid": {"left": 8, "right": 14, "top": 8, "bottom": 44, "containLabel": True},
         "tooltip": _tooltip("item") | {":formatter": "(p) => p.data[3]"},
@@ -165,14 +179,7 @@ def heat_map(
             "textStyle": dict(_TEXT),
             "inRange": {"color": list(_SCALE)},
         },
-        "series": [
-            {
-                "type": "heatmap",
-                "data": [list(cell) for cell in cells],
-                "itemStyle": {"borderColor": "var(--card)", "borderWidth": 1},
-                "emphasis": {"disabled": True},
-            }
-        ],
+        "series": [drawn],
     }
 
 
