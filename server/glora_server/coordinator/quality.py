@@ -55,7 +55,7 @@ def _eigengap(values: Values) -> float:
 def consensus_of(values: Values) -> float:
     """Mean over devices, by their share, of the cosine between a device's change and the mean change; NaN: unknown.
 
-    The mean contains each device's own change: n devices that have nothing in common still have 1/√n.
+    The mean contains each device's own change: n changes of one size and share that have nothing in common have 1/√n.
     """
     clients = values.get("clients")
     if not isinstance(clients, Sequence):
