@@ -60,7 +60,7 @@ def test_a_used_up_token(federation: Federation) -> None:
 
 
 def test_an_expired_token(federation: Federation) -> None:
-    token = federation.token(ttl_seconds=1.0)
+    token = federation.token(ttl_seconds=1.0, uses=100)  # a quick machine joins before the second is over
     said: list[Ended] = []
 
     def refused() -> bool:
