@@ -258,10 +258,13 @@ def module_rows(d: int, count: int, kind: str, sgemm: float, *, quick: bool) -> 
     else:
         skip("glora exact", f"would take more than {LIMIT_SECONDS:.0f} s")
     add("FedIT (two averages)", lambda: fedit(updates), times=5)
-    if count <= 64:
-        add("FedRot (rotation hard)", lambda: aggregate("fedrot", None, updates, rank=RANK))
-    else:
-        skip("FedRot (rotation hard)", "measured up to N=64")
+    add("strategy fedit, with report", lambda: aggregate("fedit", None, updates, rank=RANK), times=3)
+    broadcast, options = aggregate("fedrot", None, updates, rank=RANK).state, {"rotation": "orthogonal"}
+    add(
+        "strategy fedrot (hard), with report",
+        lambda: aggregate("fedrot", broadcast, updates, rank=RANK, round_index=1, **options),
+        times=3,
+    )
     if quick and d > 768:
         for method in ("K + eigh", "svd_lowrank of the dense mean", "FlexLoRA dense SVD"):
             skip(method, "left out by --quick")

@@ -159,6 +159,15 @@ def shared_tails(groups: Sequence[Group]) -> list[SharedTail]:
     return [SharedTail(group) for group in groups]
 
 
+def raw_sum(groups: Sequence[Group], coefficients: Sequence[Tensor]) -> Tensor:
+    """ΣB_i·coefficients_i (M×d×l), float32, for coefficients M×m×r×l, group by group."""
+    parts = [
+        group.devices.columns(group.units, torch.float32, keep=False).combined(part[..., :0], part)
+        for group, part in zip(groups, coefficients, strict=True)
+    ]
+    return torch.stack(parts).sum(dim=0)
+
+
 def _times(left: Tensor, right: Tensor) -> Tensor:
     """left @ right (M×…); one module goes by the two-dimensional product, which in bfloat16 is ten times faster."""
     if left.shape[0] == 1:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from glora_server.aggregation.fast.devices import unit_columns
 from glora_server.aggregation.fast.intake import Group
-from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator
+from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, raw_sum
 from glora_server.aggregation.subspace import Subspace
 
 _OVERSAMPLING = 16
@@ -240,11 +240,7 @@ def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int, extra: Sequ
     values, ritz = values.flip(1).clamp(min=0), ritz.flip(2)[..., :rank]
     ritz = ritz * (values[:, :rank] > 1e-13 * values[:, :1])[:, None]
     back = _inverse_roots(squares, turn, 1e-13 * squares[:, -1:])
-    more = [
-        group.devices.columns(group.units, torch.float32, keep=False).combined(part[..., :0], part)
-        for group, part in zip(groups, extra, strict=True)
-    ]
-    return Span(basis=frame.mT @ (back @ ritz), spectrum=values, extra=torch.stack(more).sum(dim=0))
+    return Span(basis=frame.mT @ (back @ ritz), spectrum=values, extra=raw_sum(groups, extra))
 
 
 def _frame(groups: Sequence[Group]) -> Tensor:

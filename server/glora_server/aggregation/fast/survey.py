@@ -10,6 +10,7 @@ All but A_iΩ rides along with passes that the round makes anyway.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from glora_server.aggregation.rules import Rule
 from glora_server.aggregation.state import LayerState
 
 _PROBES = 16
+
+ROUNDING = 1e-6
+"""What is lost, relative to what is held, below which nothing is: float32 rounding of the probes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +101,7 @@ def fold(groups: Sequence[Group], basis: Tensor, probed: Images) -> Folded:
     return Folded(inside=inside, projected=tuple(projected), probed=tuple(others))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Survey:
     """A round of some modules, from which each one's diagnostics are taken."""
 
@@ -113,22 +117,34 @@ class Survey:
     ) -> list[Diagnostics]:
         """The record of `diagnostics.Diagnostics` for each module, with the estimates named above."""
         inside = torch.linalg.matrix_norm(self.folded.inside.double()).tolist()
-        narrow = self.basis.float()
-        rest = self.images.mean - narrow @ (narrow.mT @ self.images.mean)
-        outside = (torch.linalg.matrix_norm(rest.double()) / math.sqrt(_PROBES)).tolist()
-        clients = [_clients(group, self, position) for position, group in enumerate(self.groups)]
         found = []
         for position, (module, new) in enumerate(zip(modules, states, strict=True)):
+            held, lost = inside[position], self.lost[position]
+            lost = 0.0 if lost <= ROUNDING * held else lost
+            spectrum = self.spectrum[position].tolist()
+            found.append(_record(module, new, self.clients[position], spectrum, inside=held, outside=lost, rank=rank))
+        return found
+
+    @cached_property
+    def lost(self) -> list[float]:
+        """‖(I − P)M‖_F of each module, estimated."""
+        narrow = self.basis.float()
+        rest = self.images.mean - narrow @ (narrow.mT @ self.images.mean)
+        norms: list[float] = (torch.linalg.matrix_norm(rest.double()) / math.sqrt(_PROBES)).tolist()
+        return norms
+
+    @cached_property
+    def clients(self) -> list[tuple[ClientDiagnostics, ...]]:
+        """One record per device, for each module, in the order of the updates."""
+        by_group = [_clients(group, self, position) for position, group in enumerate(self.groups)]
+        found = []
+        for module in range(len(by_group[0])):
             records = {
                 client: record
-                for group, of_modules in zip(self.groups, clients, strict=True)
-                for client, record in zip(group.clients, of_modules[position], strict=True)
+                for group, of_modules in zip(self.groups, by_group, strict=True)
+                for client, record in zip(group.clients, of_modules[module], strict=True)
             }
-            ordered = tuple(records[i] for i in range(len(module.updates)))
-            held, lost = inside[position], outside[position]
-            lost = 0.0 if lost <= 1e-6 * held else lost  # float32 rounding of the probes
-            spectrum = self.spectrum[position].tolist()
-            found.append(_record(module, new, ordered, spectrum, inside=held, outside=lost, rank=rank))
+            found.append(tuple(records[i] for i in range(len(records))))
         return found
 
 

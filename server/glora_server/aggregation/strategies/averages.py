@@ -19,6 +19,7 @@ from glora_server.aggregation.factors import (
     CompactSvd,
     state_dtype,
 )
+from glora_server.aggregation.fast.estimate import estimated_diagnostics
 from glora_server.aggregation.frame import Block, Combination, Coordinates, JointFrame, Term, rounding_floor
 from glora_server.aggregation.rules import RoundTerms
 from glora_server.aggregation.state import LayerState, RefillKey, check_readout, refill_rows, state_from_svd
@@ -32,6 +33,8 @@ SPLIT = 0.5
 
 ON_B = 1.0
 """s on B, nothing on A."""
+
+_MOST_COLUMNS = 256
 
 
 def equal_rank(updates: Sequence[ClientUpdate], *, rank: int, name: str) -> int:
@@ -160,12 +163,36 @@ def factor_result(
 ) -> AggregationResult:
     """The state that keeps the factors b (d×k) and a (k×n), whose product is the model; updates have both factors.
 
-    `dtype` is the wire dtype where the updates were completed in float64.
+    `dtype` is the wire dtype where the updates were completed in float64. Rounds of more than 256 columns in all
+    estimate in their diagnostics what would cost more than all else, see `fast.estimate`; not those of a float64 wire.
     """
+    wire = dtype or updates[0].b.dtype
+    if sum(update.rank for update in updates) > _MOST_COLUMNS and wire != COMPUTE_DTYPE:
+        return _large_factor_result(name, b, a, updates, weights, previous=previous, rank=rank, wire=wire)
     terms = update_terms(updates, weights, held=[Block(left=b, right=a)])
     target = terms.frame.coordinates((Term(block=len(updates), coefficient=1.0),))
     return spectral_result(
         name, terms, target, updates, previous=previous, rank=rank, extra={"b": b, "a": a}, dtype=dtype
+    )
+
+
+def _large_factor_result(
+    name: str,
+    b: Tensor,
+    a: Tensor,
+    updates: Sequence[ClientUpdate],
+    weights: tuple[float, ...],
+    *,
+    previous: LayerState | None,
+    rank: int,
+    wire: torch.dtype,
+) -> AggregationResult:
+    target = Coordinates(left=b.to(COMPUTE_DTYPE), right=a.to(COMPUTE_DTYPE).mT)
+    found = target.svd()
+    new = state_from_svd(found, rank=rank, dtype=state_dtype(wire), strategy=name, floor=rounding_floor(target))
+    told = estimated_diagnostics(updates, weights, found, previous=previous, new=new, rank=rank)
+    return AggregationResult(
+        state=replace(new, extra={"b": b.to(new.u.dtype), "a": a.to(new.u.dtype)}), diagnostics=told
     )
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from glora_server.aggregation.factors import COMPUTE_DTYPE, EPS, ClientUpdate, normalised_weights, svd
+from glora_server.aggregation.factors import COMPUTE_DTYPE, ClientUpdate, normalised_weights, state_dtype, svd
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey
 from glora_server.aggregation.strategies.averages import (
     SPLIT,
@@ -95,9 +95,10 @@ class Fedrot(Strategy):
         """The averaged rotated factors."""
         r = equal_rank(updates, rank=rank, name=self.name)
         weights = normalised_weights([update.weight for update in updates])
-        turned = [replace(update, b=update.b.to(COMPUTE_DTYPE), a=update.a.to(COMPUTE_DTYPE)) for update in updates]
+        dtype = state_dtype(updates[0].b.dtype)
+        turned = [replace(update, b=update.b.to(dtype), a=update.a.to(dtype)) for update in updates]
         if state is not None and started(state) and round_index > 0:
-            reference = _columns(kept_factors(state), r)
+            reference = _columns(kept_factors(state), r, dtype)
             on_a = (round_index % 2 == 1) == (options["initial_share"] == "a")
             turned = [_turned(update, reference, on_a=on_a, options=options) for update in turned]
         b = averaged_b(turned, weights, r, power=SPLIT)
@@ -140,15 +141,16 @@ def _turned(
     left, right = (update.a, reference[1].mT) if on_a else (update.b.mT, reference[0])
     overlap = left @ right
     size = torch.linalg.matrix_norm(left) * torch.linalg.matrix_norm(right)
-    if not float(torch.linalg.matrix_norm(overlap)) > 32 * EPS * float(size):
+    if not float(torch.linalg.matrix_norm(overlap)) > 32 * torch.finfo(overlap.dtype).eps * float(size):
         return update
-    turn = rotation(overlap, Rotation(str(options["rotation"])), number(options, "rotate_lambda"))
+    turn = rotation(overlap.to(COMPUTE_DTYPE), Rotation(str(options["rotation"])), number(options, "rotate_lambda"))
+    turn = turn.to(overlap.dtype)
     return replace(update, b=update.b @ turn, a=turn.mT @ update.a)
 
 
-def _columns(reference: Factors, r: int) -> Factors:
+def _columns(reference: Factors, r: int, dtype: torch.dtype) -> Factors:
     """The reference with r columns: cut, or filled with zeros, which pull nowhere."""
-    b, a = (part.to(COMPUTE_DTYPE) for part in reference)
+    b, a = (part.to(dtype) for part in reference)
     wide = max(0, r - b.shape[1])
     b = torch.nn.functional.pad(b[:, :r], (0, wide))
     a = torch.nn.functional.pad(a[:r], (0, 0, 0, wide))
