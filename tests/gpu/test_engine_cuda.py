@@ -21,7 +21,10 @@ async def folded(device: str, folder: Path) -> tuple[StatePart, ...]:
         for rank in (2, 4, 8):
             sent = cases.header_only(folder / f"r{rank}.sent", rank)
             await engine.render(cases.rendering(sent, parts, rank, version=0))
-            updates.append(cases.update_of(cases.trained(sent, folder / f"r{rank}", rank), sent, float(rank)))
+            path = cases.trained(sent, folder / f"r{rank}", rank)
+            updates.append(cases.update_of(path, sent, float(rank), digest=f"{rank}"))
+            # On the GPU the factors stay there from here on.
+            assert (await engine.check(cases.check_of(updates[-1], rank))).refusal is None
         job: AggregateJob = cases.folding(parts, tuple(updates))
         assert engine.device.startswith("cpu" if device == "cpu" else "cuda")
         return tuple(item.part for item in await engine.aggregate(job))

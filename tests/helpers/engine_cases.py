@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from glora_server.coordinator.model import StatePart
-from glora_server.coordinator.ports import AggregateJob, InitialiseJob, RenderJob, StrategyChoice, UpdateRef
+from glora_server.coordinator.ports import AggregateJob, CheckJob, InitialiseJob, RenderJob, StrategyChoice, UpdateRef
 from glora_server.rounds.ids import DeviceId
 from glora_wire.names import dense_key, lora_key
 from glora_wire.payload import TensorDtype, TensorSpec, layout
@@ -70,7 +70,9 @@ def trained(sent: Path, path: Path, seed: int, *, dtype: torch.dtype = torch.flo
     return path
 
 
-def update_of(path: Path, sent: Path | None, weight: float, *, scale: float = SCALE) -> UpdateRef:
+def update_of(
+    path: Path, sent: Path | None, weight: float, *, scale: float = SCALE, digest: str | None = None
+) -> UpdateRef:
     """An accepted update; the device is named like the file."""
     return UpdateRef(
         device_id=DeviceId(path.stem),
@@ -79,6 +81,14 @@ def update_of(path: Path, sent: Path | None, weight: float, *, scale: float = SC
         weight=weight,
         sent_path=sent,
         sent_scale=SCALE,
+        digest=digest,
+    )
+
+
+def check_of(update: UpdateRef, rank: int, *, max_norm: float = 0.0) -> CheckJob:
+    """The judgement of that update."""
+    return CheckJob(
+        path=update.path, scales=update.scales, expected=specs(rank), max_norm=max_norm, digest=update.digest
     )
 
 

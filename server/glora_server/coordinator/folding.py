@@ -189,6 +189,7 @@ class Folder:
                     weight=share,
                     sent_path=sent,
                     sent_scale=spec.lora.scale,
+                    digest=upload.digest.text,
                 )
             )
         return tuple(refs)

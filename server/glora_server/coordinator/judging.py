@@ -129,6 +129,7 @@ class Judge:
             expected=upload_specs(run.manifest, rank, spec.wire.dtype, wanted.upload_set),
             max_norm=spec.limits.max_update_norm,
             sent_path=sent,
+            digest=case.upload.digest.text,
         )
         return job, rank
 

@@ -25,6 +25,7 @@ from glora_server.aggregation import (
 from glora_server.coordinator.model import StatePart, TensorKind
 from glora_server.coordinator.ports import AggregatedPart, AggregateJob, UpdateRef
 from glora_server.engines.catalogue import contract
+from glora_server.engines.resident import ResidentUploads
 from glora_server.engines.states import dense_part, module_part, module_state
 from glora_server.engines.tensors import PayloadFile
 from glora_wire.errors import GloraError, Reason
@@ -40,6 +41,12 @@ class _Source:
     update: UpdateRef
     file: PayloadFile
     sent: PayloadFile | None
+    resident: ResidentUploads | None
+
+    def read(self, key: str, device: torch.device) -> Tensor:
+        """The tensor of the upload, which is not held any longer if it was; raises GloraError PAYLOAD_MALFORMED."""
+        held = None if self.resident is None else self.resident.take(self.update.digest, key)
+        return self.file.read(key, device) if held is None else held
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,16 +65,23 @@ class _Module:
         return 4 * sum(update.b.numel() + update.a.numel() for update in self.updates)
 
 
-def fold(job: AggregateJob, device: torch.device, *, batch_bytes: int | None = None) -> tuple[AggregatedPart, ...]:
+def fold(
+    job: AggregateJob,
+    device: torch.device,
+    resident: ResidentUploads | None = None,
+    *,
+    batch_bytes: int | None = None,
+) -> tuple[AggregatedPart, ...]:
     """The new parts, in the order of the job; a part that no update carries stays as it is.
 
-    Uploads of about `batch_bytes`, in float32, are on the device at once and modules among them computed together; by
-    default an eighth of what a CUDA device has free, and on a CPU, which is faster so, one module at a time.
+    Numbers that `resident` holds are taken from there, others read from their files. Uploads of about `batch_bytes`, in
+    float32, are on the device at once and modules among them computed together; by default an eighth of what a CUDA
+    device has free, and on a CPU, which is faster so, one module at a time.
 
     Raises GloraError: PAYLOAD_MALFORMED for a file that is gone, AGGREGATION_FAILED with what the aggregation refuses.
     """
     wanted = contract(job.strategy, round_index=job.round_index)
-    sources = _open(job, wanted)
+    sources = _open(job, wanted, resident)
     limit = _room(device) if batch_bytes is None else batch_bytes
     made: dict[int, AggregatedPart] = {}
     batch: list[_Module] = []
@@ -95,7 +109,7 @@ def _room(device: torch.device) -> int:
     return free // 8
 
 
-def _open(job: AggregateJob, wanted: ClientContract) -> tuple[_Source, ...]:
+def _open(job: AggregateJob, wanted: ClientContract, resident: ResidentUploads | None) -> tuple[_Source, ...]:
     keys: set[str] = set()
     for part in job.parts:
         if part.kind is TensorKind.DENSE:
@@ -114,6 +128,7 @@ def _open(job: AggregateJob, wanted: ClientContract) -> tuple[_Source, ...]:
                 update=update,
                 file=PayloadFile.open(update.path, keys),
                 sent=None if path is None else sent[path],
+                resident=resident,
             )
         )
     return tuple(sources)
@@ -126,7 +141,7 @@ def _fold_dense(part: StatePart, sources: Sequence[_Source], device: torch.devic
         return AggregatedPart(part=part, diagnostics_json="{}")
     try:
         mean = dense_average(
-            [source.file.read(key, device).to(torch.float32) for source in carriers],
+            [source.read(key, device).to(torch.float32) for source in carriers],
             [source.update.weight for source in carriers],
         )
     except AggregationError as error:
@@ -213,7 +228,7 @@ def _client_updates(module: str, carriers: Sequence[_Source], device: torch.devi
 def _uploaded(source: _Source, module: str, device: torch.device) -> Factors:
     """The factors of the update; one that was not uploaded has rank 0, which is how ClientUpdate says absent."""
     file, keys = source.file, (lora_key(module, "B"), lora_key(module, "A"))
-    b, a = (file.read(key, device) if file.has(key) else None for key in keys)
+    b, a = (source.read(key, device) if file.has(key) else None for key in keys)
     if b is not None and a is not None:
         return b, a
     if source.sent is None:

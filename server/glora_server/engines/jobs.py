@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, get_args
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from glora_server.aggregation import LayerState, ReadoutStyle, delta_norm, empty_state, frozen_factors, readout
 from glora_server.coordinator.model import StatePart, TensorKind
 from glora_server.coordinator.ports import CheckJob, CheckResult, InitialiseJob, RenderJob
+from glora_server.engines.resident import ResidentUploads
 from glora_server.engines.states import VALUE, dense_part, module_part, module_state
 from glora_server.engines.tensors import PayloadFile, from_record, header_of, to_bytes, wire_dtype
 from glora_wire.errors import GloraError, Reason, Refusal
@@ -52,26 +54,30 @@ def render(job: RenderJob, device: torch.device) -> None:
                 file.write(_on_the_wire(tensor, entry))
 
 
-def check(job: CheckJob, device: torch.device) -> CheckResult:
+def check(job: CheckJob, device: torch.device, resident: ResidentUploads | None = None) -> CheckResult:
     """The verdict on an update's numbers; a file that cannot be used is a refusal as well.
 
     ‖ΔW‖_F per module and in total come from QR cores; ΔW is never formed. Of an update that is half a pair the other
-    half is the one that was sent; without that only its numbers are looked at.
+    half is the one that was sent; without that only its numbers are looked at. What a good update holds stays in
+    `resident`.
     """
     norms: dict[str, float] = {}
     try:
-        files = _expected_files(job)
-        file = files[0]
-        for module in _modules(job, files):
-            norms[module] = _module_norm(files, module, job.scales, device)
+        update = _Update.open(job, device, resident)
+        for module in update.modules():
+            norms[module] = _module_norm(update, module, job.scales)
         for spec in job.expected:
             key = split_key(spec.name)
             if not (isinstance(key, LoraKey) and key.module in norms):
-                _finite(file, spec.name, device)
+                update.finite(spec.name)
+        total = math.hypot(*norms.values())
+        refusal = _too_large(norms, total, job.max_norm)
+        result = CheckResult(refusal=refusal, norm=total, module_norms=norms)
     except GloraError as error:
-        return CheckResult(refusal=error.as_refusal(), norm=None, module_norms={})
-    total = math.hypot(*norms.values())
-    return CheckResult(refusal=_too_large(norms, total, job.max_norm), norm=total, module_norms=norms)
+        result = CheckResult(refusal=error.as_refusal(), norm=None, module_norms={})
+    if result.refusal is not None and resident is not None and job.digest is not None:
+        resident.drop(job.digest)
+    return result
 
 
 def _drawn(seed: int, name: str, shape: tuple[int, ...], deviation: float) -> Tensor:
@@ -147,38 +153,51 @@ def _on_the_wire(tensor: Tensor, entry: TensorEntry) -> bytearray:
     return to_bytes(rounded, rounded.dtype)
 
 
-def _expected_files(job: CheckJob) -> Sequence[PayloadFile]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Update:
     """The update, and after it what was sent where the job says so: a tensor is the one of the first that has it."""
-    header = header_of(job.path)
-    check_specs(header, job.expected)
-    update = PayloadFile(path=job.path, entries=header.by_name())
-    if job.sent_path is None:
-        return (update,)
-    return update, PayloadFile(path=job.sent_path, entries=header_of(job.sent_path).by_name())
+
+    job: CheckJob
+    files: tuple[PayloadFile, ...]
+    device: torch.device
+    resident: ResidentUploads | None
+
+    @classmethod
+    def open(cls, job: CheckJob, device: torch.device, resident: ResidentUploads | None) -> _Update:
+        header = header_of(job.path)
+        check_specs(header, job.expected)
+        files = [PayloadFile(path=job.path, entries=header.by_name())]
+        if job.sent_path is not None:
+            files.append(PayloadFile(path=job.sent_path, entries=header_of(job.sent_path).by_name()))
+        return cls(job=job, files=tuple(files), device=device, resident=resident)
+
+    def modules(self) -> Sequence[str]:
+        """Modules of the update of which both factors are known, so that there is a ΔW to measure."""
+        keys = (split_key(spec.name) for spec in self.job.expected)
+        modules = dict.fromkeys(key.module for key in keys if isinstance(key, LoraKey))
+        return [module for module in modules if all(self._holder(lora_key(module, factor)) for factor in _FACTORS)]
+
+    def finite(self, key: str) -> Tensor:
+        """The tensor; raises GloraError NON_FINITE."""
+        file = self._holder(key) or self.files[0]
+        tensor = file.read(key, self.device)
+        _check_finite(key, tensor)
+        if file is self.files[0] and self.resident is not None and self.job.digest is not None:
+            self.resident.keep(self.job.digest, key, tensor)
+        return tensor
+
+    def _holder(self, key: str) -> PayloadFile | None:
+        return next((file for file in self.files if file.has(key)), None)
 
 
-def _modules(job: CheckJob, files: Sequence[PayloadFile]) -> Sequence[str]:
-    """Modules of the update of which both factors are known, so that there is a ΔW to measure."""
-    keys = (split_key(spec.name) for spec in job.expected)
-    modules = dict.fromkeys(key.module for key in keys if isinstance(key, LoraKey))
-    return [module for module in modules if all(_holder(files, lora_key(module, factor)) for factor in _FACTORS)]
-
-
-def _holder(files: Sequence[PayloadFile], key: str) -> PayloadFile | None:
-    return next((file for file in files if file.has(key)), None)
-
-
-def _module_norm(files: Sequence[PayloadFile], module: str, scales: Mapping[str, float], device: torch.device) -> float:
+def _module_norm(update: _Update, module: str, scales: Mapping[str, float]) -> float:
     if not math.isfinite(scales.get(module, math.nan)):
         raise GloraError(Reason.SCALE_WRONG, f"Module {module!r} has no finite LoRA scale.", module=module)
-    b, a = (
-        _finite(_holder(files, key) or files[0], key, device) for key in (lora_key(module, "B"), lora_key(module, "A"))
-    )
+    b, a = (update.finite(lora_key(module, factor)) for factor in ("B", "A"))
     return delta_norm(b, a, scales[module])
 
 
-def _finite(file: PayloadFile, key: str, device: torch.device) -> Tensor:
-    tensor = file.read(key, device)
+def _check_finite(key: str, tensor: Tensor) -> None:
     finite = torch.isfinite(tensor)
     if not bool(finite.all()):
         bad = int((~finite).sum())
@@ -189,7 +208,6 @@ def _finite(file: PayloadFile, key: str, device: torch.device) -> Tensor:
             name=key,
             count=bad,
         )
-    return tensor
 
 
 def _too_large(norms: Mapping[str, float], total: float, limit: float) -> Refusal | None:

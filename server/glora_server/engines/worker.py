@@ -33,6 +33,8 @@ from glora_wire.errors import GloraError, Reason
 if TYPE_CHECKING:
     import torch
 
+    from glora_server.engines.resident import ResidentUploads
+
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -64,16 +66,19 @@ def _serve(pipe: Connection, choice: str, threads: int) -> int:
         pipe.send(error)
         return 1
     pipe.send(Hello(pid=os.getpid(), device=_named(device), peak_bytes=_peak_bytes()))
-    while _serve_one(pipe, device):
+    from glora_server.engines.resident import ResidentUploads  # noqa: PLC0415 (it imports torch, see _start_torch)
+
+    resident = ResidentUploads.on(device)
+    while _serve_one(pipe, device, resident):
         pass
     return 1
 
 
-def _serve_one(pipe: Connection, device: torch.device) -> bool:
+def _serve_one(pipe: Connection, device: torch.device, resident: ResidentUploads) -> bool:
     """Answer one job; whether the process can go on. No reference to the job stays behind: states are large."""
     job: Job = pipe.recv()
     started = time.perf_counter()
-    outcome, healthy = _outcome(job, device)
+    outcome, healthy = _outcome(job, device, resident)
     pipe.send(Answer(outcome=outcome, seconds=time.perf_counter() - started, peak_bytes=_peak_bytes()))
     return healthy
 
@@ -115,10 +120,10 @@ def _named(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _outcome(job: Job, device: torch.device) -> tuple[Result | GloraError, bool]:
+def _outcome(job: Job, device: torch.device, resident: ResidentUploads) -> tuple[Result | GloraError, bool]:
     """What to answer, and whether the process can go on: after an unforeseen CUDA error its context is lost."""
     try:
-        return _run(job, device), True
+        return _run(job, device, resident), True
     except GloraError as error:
         return error, True
     except Exception as error:  # noqa: BLE001 (whatever it is, the parent gets an answer and the log the traceback)
@@ -128,7 +133,7 @@ def _outcome(job: Job, device: torch.device) -> tuple[Result | GloraError, bool]
         return GloraError(reason, message[:2000]), device.type != "cuda"
 
 
-def _run(job: Job, device: torch.device) -> Result:
+def _run(job: Job, device: torch.device, resident: ResidentUploads) -> Result:
     from glora_server.engines import catalogue, folding, jobs  # noqa: PLC0415 (they import torch, see _start_torch)
 
     match job:
@@ -138,9 +143,9 @@ def _run(job: Job, device: torch.device) -> Result:
             jobs.render(job, device)
             return None
         case CheckJob():
-            return jobs.check(job, device)
+            return jobs.check(job, device, resident)
         case AggregateJob():
-            return folding.fold(job, device)
+            return folding.fold(job, device, resident)
         case ListStrategies():
             return catalogue.strategies()
         case DescribeStrategy():

@@ -111,6 +111,8 @@ class CheckJob:
     """Largest Frobenius norm of the whole ΔW; 0 = no limit."""
     sent_path: Path | None = None
     """The adapter file that the device started from: it has the factor that the device does not send."""
+    digest: str | None = None
+    """Of the content; an engine with a GPU may keep the numbers of an update that it finds good until it is folded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +136,8 @@ class UpdateRef:
     sent_path: Path | None
     """The adapter file that the device started from; its scale is `sent_scale` everywhere."""
     sent_scale: float
+    digest: str | None = None
+    """Of the content, as in the CheckJob."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,59 @@
+"""Uploads that wait on a GPU for their round: copied there when they are judged, which is as they arrive.
+
+The copy then overlaps with what other devices still send, and a round that closes finds its numbers where they are
+folded. Files stay the truth: a tensor that is not here is read from its file.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SHARE_OF_FREE = 4
+
+
+class ResidentUploads:
+    """Tensors by upload and name, at most `capacity` bytes of them; the oldest upload makes room for a new one."""
+
+    def __init__(self, capacity: int) -> None:
+        """Capacity 0 keeps nothing."""
+        self._capacity = capacity
+        self._bytes = 0
+        self._uploads: dict[str, dict[str, Tensor]] = {}
+
+    @classmethod
+    def on(cls, device: torch.device) -> ResidentUploads:
+        """A quarter of what a CUDA device has free now; nothing on a CPU, where the system keeps files in memory."""
+        if device.type != "cuda":
+            return cls(0)
+        free, _ = torch.cuda.mem_get_info(device)
+        return cls(free // _SHARE_OF_FREE)
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return self._bytes
+
+    def keep(self, digest: str, key: str, tensor: Tensor) -> None:
+        """Hold a tensor of the upload with that digest until it is taken or others need its room."""
+        if tensor.nbytes > self._capacity:
+            return
+        held = self._uploads.setdefault(digest, {})
+        self._bytes += tensor.nbytes - (held[key].nbytes if key in held else 0)
+        held[key] = tensor
+        while self._bytes > self._capacity:
+            self.drop(next(iter(self._uploads)))
+
+    def take(self, digest: str | None, key: str) -> Tensor | None:
+        """The tensor, which is held no longer; None where there is none."""
+        held = self._uploads.get(digest, {}) if digest is not None else {}
+        tensor = held.pop(key, None)
+        if tensor is not None:
+            self._bytes -= tensor.nbytes
+        if digest is not None and not held:
+            self._uploads.pop(digest, None)
+        return tensor
+
+    def drop(self, digest: str) -> None:
+        """Forget an upload."""
+        self._bytes -= sum(tensor.nbytes for tensor in self._uploads.pop(digest, {}).values())
