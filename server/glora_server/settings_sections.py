@@ -153,7 +153,9 @@ class WorkerSettings(SettingsSection):
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
         description='"auto" (CUDA when there is one), "cpu", "cuda" or "cuda:N".',
     )
-    threads: int = Field(default=0, ge=0, le=1024, description="torch threads; 0 = chosen from the number of cores.")
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="Modules folded at once on a CPU; 0 = one for each core."
+    )
 
 
 class SecuritySettings(SettingsSection):

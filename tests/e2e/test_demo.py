@@ -53,7 +53,7 @@ def _processes_with(text: str) -> list[str]:
     return found
 
 
-def _none_left(text: str, within: float = 10.0) -> bool:
+def _none_left(text: str, within: float = 60.0) -> bool:
     deadline = time.monotonic() + within
     while _processes_with(text):
         if time.monotonic() > deadline:
@@ -133,7 +133,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(tmp_path: Path, number: signa
                 break
         assert len(_processes_with(str(folder))) >= 4, "a server, two devices and one that evaluates"
         demo.send_signal(number)
-        assert demo.wait(20) == code
+        assert demo.wait(120) == code
         assert demo.stderr is not None
         assert "Traceback" not in demo.stderr.read()
     assert _none_left(str(folder))
@@ -150,7 +150,7 @@ def test_a_killed_demo_takes_its_processes_along(tmp_path: Path) -> None:
             if "joined with one token and at work" in line:
                 break
         demo.kill()
-    assert _none_left(str(folder), within=20.0)
+    assert _none_left(str(folder))
 
 
 def test_a_strategy_that_is_not_known_is_told_in_a_sentence(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ _PIECE_BYTES: Final = 8192
 class TcpProxy:
     """Passes bytes between `port` and the server's `target` port, in a thread of its own; a context manager.
 
-    Change its ways at any time: `rate` limits what goes up (bytes a second), `swallow` passes nothing on while
-    connections stay open (until `pass_on`), `refusing` closes new ones at once, `cut` closes those that are open.
+    Change its ways at any time: `hold_at` lets nothing more go up once so many bytes have (until it is None again),
+    `swallow` passes nothing on while connections stay open (until `pass_on`), `refusing` closes new ones at once, `cut`
+    closes those that are open.
     """
 
     target: int
-    rate: float | None = None
+    hold_at: int | None = None
     refusing: bool = False
     bytes_up: int = 0
     bytes_down: int = 0
@@ -48,7 +49,7 @@ class TcpProxy:
 
         self._thread = threading.Thread(target=work, name="proxy", daemon=True)
         self._thread.start()
-        assert ready.wait(5.0)
+        assert ready.wait(60.0)
         return self
 
     def __exit__(
@@ -115,7 +116,8 @@ class TcpProxy:
                 await self._passing.wait()
                 if up:
                     self.bytes_up += len(data)
-                    await asyncio.sleep(len(data) / self.rate if self.rate else 0.0)
+                    while self.hold_at is not None and self.bytes_up >= self.hold_at:  # noqa: ASYNC110 - set by another thread
+                        await asyncio.sleep(0.01)
                 else:
                     self.bytes_down += len(data)
                 sink.write(data)

@@ -1,5 +1,6 @@
-"""A shard folded in batches of modules, as on a GPU, against one module at a time; all on the CPU."""
+"""A shard folded in batches of modules, as on a GPU, and in threads, against one module at a time; all on the CPU."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -90,3 +91,41 @@ def test_strategies_without_batches_do_not_mind(tmp_path: Path, monkeypatch: pyt
     job = shard(tmp_path, monkeypatch, StrategyChoice(name="flexlora", options={}))
     together, alone = folding.fold(job, cases.CPU, batch_bytes=ALL), folding.fold(job, cases.CPU)
     assert [item.part for item in together] == [item.part for item in alone]
+
+
+@pytest.mark.parametrize("accuracy", ["exact", "fast"])
+def test_threads_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: str) -> None:
+    job = shard(tmp_path, monkeypatch, StrategyChoice(name="glora", options={"accuracy": accuracy}))
+    assert folding.fold(job, cases.CPU, threads=3) == folding.fold(job, cases.CPU)
+
+
+@pytest.mark.parametrize(("room", "at_once"), [(folding._CPU_BYTES, 3), (2 * 4 * 14 * 112, 2), (1, 1)])
+def test_threads_work_at_once_on_what_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, at_once: int
+) -> None:
+    job = shard(tmp_path, monkeypatch)
+    monkeypatch.setattr(folding, "_CPU_BYTES", room)
+    meeting = threading.Barrier(at_once)
+    fold_modules, workers = folding._fold_modules, set()
+
+    def met(modules: Sequence[folding._Module], job: AggregateJob) -> dict[int, AggregatedPart]:
+        if threading.current_thread() not in workers:
+            workers.add(threading.current_thread())
+            meeting.wait(60.0)  # breaks unless so many are at work at once
+        assert not torch.is_grad_enabled()
+        return fold_modules(modules, job)
+
+    monkeypatch.setattr(folding, "_fold_modules", met)
+    with torch.no_grad():
+        made = folding.fold(job, cases.CPU, threads=3)
+    assert len(workers) == at_once
+    assert [item.part.name for item in made] == [part.name for part in job.parts]
+
+
+def test_a_thread_that_fails_names_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = shard(tmp_path, monkeypatch)
+    broken = replace(job.updates[1], scales={**job.updates[1].scales, "enc.1.query": float("nan")})
+    job = replace(job, updates=(job.updates[0], broken, job.updates[2]))
+    with pytest.raises(GloraError, match=r"^enc\.1\.query could not be aggregated: Update 1 .*1 = r4") as caught:
+        folding.fold(job, cases.CPU, threads=2)
+    assert caught.value.reason is Reason.AGGREGATION_FAILED

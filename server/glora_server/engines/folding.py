@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +34,9 @@ from glora_wire.names import dense_key, lora_key
 
 Factors = tuple[Tensor, Tensor]
 
+_CPU_BYTES = 512 << 20
+"""Uploads that threads on a CPU have in memory at once."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Source:
@@ -50,12 +54,28 @@ class _Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Module:
-    """A module's part, with its uploads on the device; `position` in the job."""
+class _Task:
+    """A module's part to be folded, and the updates that carry it; `position` in the job."""
 
     position: int
     part: StatePart
     carriers: tuple[_Source, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the uploads in their files."""
+        keys = [lora_key(self.part.name, factor) for factor in ("A", "B")]
+        held = [
+            source.file.entries[key].spec.nbytes for source in self.carriers for key in keys if source.file.has(key)
+        ]
+        return sum(held)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Module:
+    """A task with its state and uploads on the device."""
+
+    task: _Task
     state: LayerState
     updates: tuple[ClientUpdate, ...]
 
@@ -70,41 +90,79 @@ def fold(
     device: torch.device,
     resident: ResidentUploads | None = None,
     *,
+    threads: int = 1,
     batch_bytes: int | None = None,
 ) -> tuple[AggregatedPart, ...]:
     """The new parts, in the order of the job; a part that no update carries stays as it is.
 
-    Numbers that `resident` holds are taken from there, others read from their files. Uploads of about `batch_bytes`, in
-    float32, are on the device at once and modules among them computed together; by default an eighth of what a CUDA
-    device has free, and on a CPU, which is faster so, one module at a time.
+    Numbers that `resident` holds are taken from there, others read from their files. On a CPU each module is one
+    thread's, `threads` at once where their uploads take no more than 512 MiB together. On a CUDA device modules are
+    computed together whose uploads take about `batch_bytes` in float32, by default an eighth of what is free there; a
+    CPU does so only where that is given.
 
     Raises GloraError: PAYLOAD_MALFORMED for a file that is gone, AGGREGATION_FAILED with what the aggregation refuses.
     """
     wanted = contract(job.strategy, round_index=job.round_index)
     sources = _open(job, wanted, resident)
-    limit = _room(device) if batch_bytes is None else batch_bytes
     made: dict[int, AggregatedPart] = {}
-    batch: list[_Module] = []
+    tasks: list[_Task] = []
     for position, part in enumerate(job.parts):
         if part.kind is TensorKind.DENSE:
             made[position] = _fold_dense(part, sources, device)
-            continue
-        carriers = tuple(source for source in sources if _carries(source, part.name, wanted.upload))
-        if not carriers:
+        elif carriers := tuple(source for source in sources if _carries(source, part.name, wanted.upload)):
+            tasks.append(_Task(position=position, part=part, carriers=carriers))
+        else:
             made[position] = AggregatedPart(part=part, diagnostics_json="{}")
-            continue
-        batch.append(_load(position, part, job, carriers, device))
+    if device.type == "cuda" or batch_bytes is not None:
+        made |= _in_batches(tasks, job, device, _room(device) if batch_bytes is None else batch_bytes)
+    else:
+        made |= _in_threads(tasks, job, device, threads)
+    return tuple(made[position] for position in range(len(job.parts)))
+
+
+def _in_batches(
+    tasks: Sequence[_Task], job: AggregateJob, device: torch.device, limit: int
+) -> dict[int, AggregatedPart]:
+    """The new parts by their position, as many modules together as come to `limit` bytes."""
+    made: dict[int, AggregatedPart] = {}
+    batch: list[_Module] = []
+    for task in tasks:
+        batch.append(_load(task, job, device))
         if sum(module.size for module in batch) >= limit:
             made |= _fold_modules(batch, job)
             batch = []
-    made |= _fold_modules(batch, job)
-    return tuple(made[position] for position in range(len(job.parts)))
+    return made | _fold_modules(batch, job)
+
+
+def _in_threads(
+    tasks: Sequence[_Task], job: AggregateJob, device: torch.device, threads: int
+) -> dict[int, AggregatedPart]:
+    """The same, one module a thread: factors are too narrow to share the work of one module among threads."""
+    made: dict[int, AggregatedPart] = {}
+    if not tasks:
+        return made
+    together = min(threads, len(tasks), _CPU_BYTES // max(1, *(task.size for task in tasks)))
+
+    def one(task: _Task) -> dict[int, AggregatedPart]:
+        return _fold_modules([_load(task, job, device)], job)
+
+    if together <= 1:
+        for task in tasks:
+            made |= one(task)
+        return made
+    # Gradients are switched off per thread.
+    with ThreadPoolExecutor(together, "fold", torch.set_grad_enabled, (torch.is_grad_enabled(),)) as pool:
+        try:
+            for found in pool.map(one, tasks):
+                made |= found
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return made
 
 
 def _room(device: torch.device) -> int:
     """See `fold`: a batch takes about four times its uploads in float32, and half of the rest stays free."""
-    if device.type != "cuda":
-        return 0
     free, _ = torch.cuda.mem_get_info(device)
     return free // 8
 
@@ -149,15 +207,11 @@ def _fold_dense(part: StatePart, sources: Sequence[_Source], device: torch.devic
     return AggregatedPart(part=dense_part(part.name, mean), diagnostics_json="{}")
 
 
-def _load(
-    position: int, part: StatePart, job: AggregateJob, carriers: tuple[_Source, ...], device: torch.device
-) -> _Module:
+def _load(task: _Task, job: AggregateJob, device: torch.device) -> _Module:
     return _Module(
-        position=position,
-        part=part,
-        carriers=carriers,
-        state=module_state(part, strategy=job.strategy.name, device=device),
-        updates=tuple(_client_updates(part.name, carriers, device)),
+        task=task,
+        state=module_state(task.part, strategy=job.strategy.name, device=device),
+        updates=tuple(_client_updates(task.part.name, task.carriers, device)),
     )
 
 
@@ -168,11 +222,11 @@ def _fold_modules(modules: Sequence[_Module], job: AggregateJob) -> dict[int, Ag
     except AggregationError as error:
         if len(modules) > 1:  # one by one, so that the error can name its part
             return {position: made for module in modules for position, made in _fold_modules([module], job).items()}
-        raise _failed(modules[0].part, modules[0].carriers, error) from error
+        raise _failed(modules[0].task.part, modules[0].task.carriers, error) from error
     return {
-        module.position: AggregatedPart(
-            part=module_part(module.part.name, result.state),
-            diagnostics_json=_as_json(result.diagnostics, module.carriers),
+        module.task.position: AggregatedPart(
+            part=module_part(module.task.part.name, result.state),
+            diagnostics_json=_as_json(result.diagnostics, module.task.carriers),
         )
         for module, result in zip(modules, results, strict=True)
     }

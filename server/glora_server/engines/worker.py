@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, assert_never
@@ -36,6 +37,15 @@ if TYPE_CHECKING:
     from glora_server.engines.resident import ResidentUploads
 
 _PR_SET_PDEATHSIG: Final = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Means:
+    """What jobs are done with."""
+
+    device: torch.device
+    threads: int
+    resident: ResidentUploads
 
 
 def main(arguments: list[str]) -> int:
@@ -61,39 +71,48 @@ def _end_with(parent: int) -> None:
 
 def _serve(pipe: Connection, choice: str, threads: int) -> int:
     try:
-        device = _start_torch(choice, threads)
+        means = _start_torch(choice, threads)
     except GloraError as error:
         pipe.send(error)
         return 1
-    pipe.send(Hello(pid=os.getpid(), device=_named(device), peak_bytes=_peak_bytes()))
-    from glora_server.engines.resident import ResidentUploads  # noqa: PLC0415 (it imports torch, see _start_torch)
-
-    resident = ResidentUploads.on(device)
-    while _serve_one(pipe, device, resident):
+    pipe.send(Hello(pid=os.getpid(), device=_named(means.device), peak_bytes=_peak_bytes()))
+    while _serve_one(pipe, means):
         pass
     return 1
 
 
-def _serve_one(pipe: Connection, device: torch.device, resident: ResidentUploads) -> bool:
+def _serve_one(pipe: Connection, means: _Means) -> bool:
     """Answer one job; whether the process can go on. No reference to the job stays behind: states are large."""
     job: Job = pipe.recv()
     started = time.perf_counter()
-    outcome, healthy = _outcome(job, device, resident)
+    outcome, healthy = _outcome(job, means)
     pipe.send(Answer(outcome=outcome, seconds=time.perf_counter() - started, peak_bytes=_peak_bytes()))
     return healthy
 
 
-def _start_torch(choice: str, threads: int) -> torch.device:
+def _start_torch(choice: str, threads: int) -> _Means:
     try:
         import torch  # noqa: PLC0415 (after the signals are set: it takes seconds)
     except ImportError as error:
         raise GloraError(
             Reason.SETTINGS_INVALID, f"The server needs torch; install glora[server] ({error})."
         ) from error
-    if threads:
-        torch.set_num_threads(threads)
+    from glora_server.engines.resident import ResidentUploads  # noqa: PLC0415 (it imports torch)
+
     torch.set_grad_enabled(False)
-    return _chosen(choice)
+    device = _chosen(choice)
+    if device.type == "cpu":
+        # Modules are folded side by side instead; several threads for one product of narrow factors wait more than
+        # they work, and what is computed would depend on how many there are.
+        torch.set_num_threads(1)
+    elif threads:
+        torch.set_num_threads(threads)
+    return _Means(device=device, threads=threads or _cores(), resident=ResidentUploads.on(device))
+
+
+def _cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _chosen(choice: str) -> torch.device:
@@ -120,32 +139,32 @@ def _named(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def _outcome(job: Job, device: torch.device, resident: ResidentUploads) -> tuple[Result | GloraError, bool]:
+def _outcome(job: Job, means: _Means) -> tuple[Result | GloraError, bool]:
     """What to answer, and whether the process can go on: after an unforeseen CUDA error its context is lost."""
     try:
-        return _run(job, device, resident), True
+        return _run(job, means), True
     except GloraError as error:
         return error, True
     except Exception as error:  # noqa: BLE001 (whatever it is, the parent gets an answer and the log the traceback)
         traceback.print_exc()
         reason = Reason.AGGREGATION_FAILED if isinstance(job, AggregateJob) else Reason.INTERNAL
         message = f"{type(job).__name__} failed in the worker: {type(error).__name__}: {error}"
-        return GloraError(reason, message[:2000]), device.type != "cuda"
+        return GloraError(reason, message[:2000]), means.device.type != "cuda"
 
 
-def _run(job: Job, device: torch.device, resident: ResidentUploads) -> Result:
+def _run(job: Job, means: _Means) -> Result:
     from glora_server.engines import catalogue, folding, jobs  # noqa: PLC0415 (they import torch, see _start_torch)
 
     match job:
         case InitialiseJob():
-            return jobs.initialise(job, device)
+            return jobs.initialise(job, means.device)
         case RenderJob():
-            jobs.render(job, device)
+            jobs.render(job, means.device)
             return None
         case CheckJob():
-            return jobs.check(job, device, resident)
+            return jobs.check(job, means.device, means.resident)
         case AggregateJob():
-            return folding.fold(job, device, resident)
+            return folding.fold(job, means.device, means.resident, threads=means.threads)
         case ListStrategies():
             return catalogue.strategies()
         case DescribeStrategy():
