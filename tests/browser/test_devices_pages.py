@@ -26,6 +26,7 @@ def rows(page: Page) -> Locator:
 
 
 def test_a_device_is_found_by_name_state_and_order(site: Federation, visit: Visitor) -> None:
+    site.wait_run(RUN, lambda run: run.rounds_done >= 1, "a round")
     page = visit(site, "/devices", role=Role.VIEWER)
     expect(rows(page).filter(has_text="pi-kitchen")).to_contain_text("0.")
     page.get_by_label("Name, id or platform").fill("JETSON")
@@ -59,9 +60,9 @@ def test_a_button_that_a_viewer_forged_does_nothing(site: Federation, visit: Vis
           Object.assign(forged.dataset, { act: "approve", of: "shy-2" });
           forged.textContent = "Forged";
           document.querySelector("section.card").append(forged);
+          forged.click();
         }"""
     )
-    page.get_by_role("button", name="Forged").click()
     expect(page.locator(".q-notification")).to_contain_text("operator")
     with site.api() as api:
         assert api.get(DeviceAnswer, "/devices/shy-2").state == DeviceState.PENDING

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from federation import Federation
@@ -25,6 +27,23 @@ def download(page: Page, folder: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@contextlib.contextmanager
+def at_rest(site: Federation) -> Iterator[None]:
+    """The run is paused and between two rounds while the context is open: no version comes."""
+    with site.api() as api:
+        api.post(RunAnswer, f"/runs/{RUN}/pause")
+        try:
+            site.wait_run(RUN, between_rounds, "an ended round")
+            yield
+        finally:
+            api.post(RunAnswer, f"/runs/{RUN}/resume")
+
+
+def between_rounds(run: RunAnswer) -> bool:
+    """Whether no round is open; one that is only planned does not open while the run is paused."""
+    return run.round is not None and (run.round.closed_at is not None or run.round.phase == "planned")
+
+
 def test_a_version_is_downloaded_at_a_rank_and_in_a_flavour(site: Federation, visit: Visitor, tmp_path: Path) -> None:
     site.wait_run(RUN, lambda run: run.rounds_done >= 2, "two rounds")
     page = visit(site, f"/exports?run={RUN}")
@@ -40,11 +59,12 @@ def test_a_version_is_downloaded_at_a_rank_and_in_a_flavour(site: Federation, vi
 
 def test_the_list_of_versions_chooses_what_is_exported(site: Federation, visit: Visitor, tmp_path: Path) -> None:
     site.wait_run(RUN, lambda run: run.rounds_done >= 2, "two rounds")
-    page = visit(site, f"/exports?run={RUN}")
-    older = page.get_by_role("button", name=re.compile("Export version")).nth(1)
-    number = re.sub(r"\D", "", older.get_attribute("aria-label") or "")
-    older.click()
-    expect(page.get_by_label("Version", exact=True)).to_have_value(number)
+    with at_rest(site):
+        page = visit(site, f"/exports?run={RUN}")
+        older = page.get_by_role("button", name=re.compile("Export version")).nth(1)
+        number = re.sub(r"\D", "", older.get_attribute("aria-label") or "")
+        older.click()
+        expect(page.get_by_label("Version", exact=True)).to_have_value(number)
     with download(page, tmp_path) as archive:
         assert f"-v{number}-" in (archive.filename or "")
     page.get_by_text("How to load it").click()
@@ -54,15 +74,10 @@ def test_the_list_of_versions_chooses_what_is_exported(site: Federation, visit: 
 
 
 def test_quality_stands_beside_the_rank_it_was_measured_at(site: Federation, visit: Visitor) -> None:
-    with site.api() as api:
-        api.post(RunAnswer, f"/runs/{RUN}/pause")
-        try:
-            site.wait_run(RUN, lambda run: run.round is not None and run.round.closed_at is not None, "an ended round")
-            page = visit(site, f"/exports?run={RUN}")
-            page.get_by_label("Rank", exact=True).fill("8")
-            expect(page.get_by_text("No device measured version")).to_be_visible()
-        finally:
-            api.post(RunAnswer, f"/runs/{RUN}/resume")
+    with at_rest(site):
+        page = visit(site, f"/exports?run={RUN}")
+        page.get_by_label("Rank", exact=True).fill("8")
+        expect(page.get_by_text("No device measured version")).to_be_visible()
     expect(page.get_by_text("Accuracy at rank 8")).to_be_visible()
     page.get_by_label("Rank", exact=True).fill("7")
     expect(page.get_by_text(re.compile("was not measured at this rank; it was at"))).to_be_visible()

@@ -132,6 +132,7 @@ def tab_or_here(page: Page, label: str) -> None:
 
 
 def test_pages_have_landmarks_and_one_first_heading(site: Federation, visit: Visitor) -> None:
+    site.wait_run(RUN, lambda run: run.round is not None, "a round to look at")
     for path in ("/", f"/runs/{RUN}", f"/runs/{RUN}/rounds/1"):
         page = visit(site, path, role=Role.VIEWER)
         expect(page.get_by_role("banner")).to_have_count(1)

@@ -30,7 +30,7 @@ def create(page: Page, name: str, password: str = "") -> None:
 def answer_to(site: Federation, token: str) -> int:
     """The status that a program with this token gets."""
     headers = {"Authorization": f"Bearer {token}"}
-    return httpx2.get(f"{site.url}/api/v1/runs", headers=headers).status_code
+    return httpx2.get(f"{site.url}/api/v1/runs", headers=headers, timeout=60.0).status_code
 
 
 def test_a_user_is_made_and_signs_in_with_the_password_that_is_shown_once(
@@ -94,6 +94,7 @@ def test_the_last_admin_stays(bare_site: Federation, visit: Visitor) -> None:
         page.get_by_role("dialog").get_by_role("button", name="Disable the user").click()
         if name == "admin":
             expect(page.get_by_role("button", name="Enable admin", exact=True)).to_be_visible()
+            expect(page.get_by_role("dialog")).to_have_count(0)
     expect(page.get_by_text("is the only admin who can sign in; make another one first.")).to_be_visible()
     page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
     page.get_by_role("button", name="Enable admin", exact=True).click()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import time
+from functools import partial
 
 from federation import Federation
 from live_site import DEVICES, RUN
 from playwright.sync_api import expect
 from visitor import Visitor
 
+from glora_dashboard.run_models import RunAnswer
 from glora_server.coordinator.people import Role
 
 
@@ -26,6 +29,11 @@ def test_every_device_has_a_row_with_what_became_of_it(site: Federation, visit: 
     expect(page.locator(".counts")).to_contain_text("1 rejected")
 
 
+def is_beyond(number: int, run: RunAnswer) -> bool:
+    """Whether there is a later round, if only a planned one."""
+    return run.round is not None and run.round.number > number
+
+
 def test_training_steps_move_by_themselves(site: Federation, visit: Visitor) -> None:
     page = visit(site, f"/runs/{RUN}", role=Role.VIEWER)
     page.get_by_role("link", name="Timeline of every device").click()
@@ -33,12 +41,13 @@ def test_training_steps_move_by_themselves(site: Federation, visit: Visitor) -> 
     page.evaluate("window.stays = true")
     seen = set()
     step = re.compile(r"step (\d+) of 20")
-    for _ in range(120):
+    deadline = time.monotonic() + 120.0
+    while len(seen) <= 3 and time.monotonic() < deadline:
         seen |= set(step.findall(page.locator(".gantt").inner_text())) if page.locator(".gantt").count() else set()
-        if len(seen) > 3:
-            break
         after = page.get_by_role("link", name="Round after")
         if after.count() and not page.locator(".g-live").count():
+            shown = int(page.url.rpartition("/")[2])
+            site.wait_run(RUN, partial(is_beyond, shown), "the round after")
             after.click()
             page.wait_for_timeout(300)
         page.wait_for_timeout(150)

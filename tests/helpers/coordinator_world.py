@@ -60,7 +60,7 @@ from glora_wire.manifest import BaseInit, DenseTensor, Manifest, ModuleShape, Ze
 from glora_wire.payload import PayloadWriter, TensorDtype, TensorSpec
 
 T = TypeVar("T")
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds until a wait that should end at once fails its test."""
 FINGERPRINT = "ab" * 32
 MANIFEST = Manifest(

@@ -106,8 +106,8 @@ def factors(path: Path, module: str) -> tuple[Tensor, Tensor]:
 
 
 def until_gone(pid: int) -> None:
-    """Return once the process has ended, five seconds at most."""
-    deadline = time.monotonic() + 5
+    """Return once the process has ended, a minute at most."""
+    deadline = time.monotonic() + 60
     while _lives(Path(f"/proc/{pid}")):
         assert time.monotonic() < deadline, f"process {pid} still runs"
         time.sleep(0.01)

@@ -221,7 +221,7 @@ class Federation(Processes):
 
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
-        text = httpx2.get(f"{self.url}/metrics", trust_env=False, timeout=10.0).raise_for_status().text
+        text = httpx2.get(f"{self.url}/metrics", trust_env=False, timeout=60.0).raise_for_status().text
         samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
         return sum(sample.value for sample in samples if sample.name == name)
 

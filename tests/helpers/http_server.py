@@ -58,12 +58,12 @@ def _serving(fake: FakeServer, access: Access, work_dir: Path) -> Iterator[Runni
         yield Running(url=f"http://127.0.0.1:{port}", fake=fake, access=access)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 
 def _await_start(server: uvicorn.Server) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not server.started:
         if time.monotonic() > deadline:
             raise TimeoutError("uvicorn did not start")

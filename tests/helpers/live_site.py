@@ -39,11 +39,12 @@ def add_people(federation: Federation) -> None:
             api.post(UserAnswer, "/users", {"name": name_of(role), "role": role.value, "password": PASSWORD})
 
 
-def run_text(name: str, *, rounds: int = 500, quorum: int = 3, deadline: int = 60) -> str:
-    """The description of a run of the fleet."""
+def run_text(name: str, *, rounds: int = 5000, quorum: int = 3, deadline: int = 60) -> str:
+    """The description of a run of the fleet, with more rounds than tests last, and versions that outlast a test."""
     return (
         f'name = "{name}"\n[model]\npath = "tiny-encoder"\nlabels = ["negative", "positive"]\n'
         f"[policy]\nrounds = {rounds}\nquorum = {quorum}\ndeadline_seconds = {deadline}\ngrace_seconds = 5\n"
+        "[retention]\nkeep_versions = 100\n"
     )
 
 

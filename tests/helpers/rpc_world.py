@@ -91,7 +91,7 @@ class World:
                 self.authority.certificate_pem.encode(), self.me.key, self.me.certificate
             )
             with grpc.secure_channel(f"localhost:{self.servers.port}", credentials) as channel:
-                return coordinator_pb2_grpc.CoordinatorServiceStub(channel).PushUpdate(iter(parts), timeout=20)
+                return coordinator_pb2_grpc.CoordinatorServiceStub(channel).PushUpdate(iter(parts), timeout=60)
 
         return await asyncio.to_thread(blocking)
 
@@ -150,8 +150,8 @@ def refused(reason: Reason, code: grpc.StatusCode | None = None) -> Iterator[lis
 
 
 async def eventually(true: Callable[[], object], what: str = "it did not become true") -> None:
-    """Wait until the callable answers with something true; at most five seconds."""
-    for _ in range(500):
+    """Wait until the callable answers with something true; at most a minute."""
+    for _ in range(6000):
         if true():
             return
         await asyncio.sleep(0.01)

@@ -42,7 +42,7 @@ def trusting(folder: Path) -> ssl.SSLContext:
 
 async def ask(port: int, verify: ssl.SSLContext | bool, headers: dict[str, str] | None = None) -> str:
     scheme = "http" if verify is False else "https"
-    async with httpx2.AsyncClient(verify=verify, trust_env=False) as client:
+    async with httpx2.AsyncClient(verify=verify, trust_env=False, timeout=60.0) as client:
         return (await client.get(f"{scheme}://127.0.0.1:{port}/", headers=headers)).text
 
 
@@ -95,7 +95,7 @@ async def test_renewed_files_are_used_from_the_next_connection_on(
         await asyncio.sleep(0.2)
         assert await ask(port, trusting(old)) == "https 127.0.0.1", "broken files leave the old ones in use"
         pair.write_bytes((new / "authority" / "server.pem").read_bytes())
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while not await _answers(port, trusting(new)):  # noqa: ASYNC110 - a file cannot be waited for
                 await asyncio.sleep(0.05)
 

@@ -48,7 +48,7 @@ class Scrape:
 
 
 def scrape(federation: Federation) -> Scrape:
-    text = httpx2.get(f"{federation.url}/metrics", trust_env=False, timeout=10.0).raise_for_status().text
+    text = httpx2.get(f"{federation.url}/metrics", trust_env=False, timeout=60.0).raise_for_status().text
     return Scrape(text, {family.name: family for family in text_string_to_metric_families(text)})
 
 
@@ -108,12 +108,14 @@ def one_version(run: RunAnswer) -> bool:
 
 @pytest.fixture(scope="module")
 def page(federation: Federation) -> Scrape:
-    """A scrape after states were sampled again."""
+    """A scrape after states were sampled again, in round 2."""
 
     def sampled() -> bool:
-        return 'glora_run_version{run="watched"} 1.0' in scrape(federation).text
+        seen = scrape(federation)
+        lives = sum(sample.value for sample in seen.families["glora_active_rounds"].samples)
+        return 'glora_run_version{run="watched"} 1.0' in seen.text and lives == 1
 
-    until(sampled, "the gauges of the run are there", 60.0)
+    until(sampled, "the gauges of the run are there", 120.0)
     return scrape(federation)
 
 
@@ -196,4 +198,4 @@ def test_dashboards_and_alerts_choose_by_values_that_there_are(page: Scrape) -> 
 def test_a_run_that_is_over_has_no_series(page: Scrape, federation: Federation) -> None:
     with federation.api() as api:
         api.post(RunAnswer, "/runs/watched/abort", {"reason": "That is enough."})
-    until(lambda: 'run="watched"' not in scrape(federation).text, "the series of the run are gone", 60.0)
+    until(lambda: 'run="watched"' not in scrape(federation).text, "the series of the run are gone", 120.0)

@@ -100,7 +100,7 @@ def _what_is_wrong(operation: Any, mode: GenerationMode, server: Serving) -> str
     @given(case=operation.as_strategy(generation_mode=mode))
     def check(case: Any) -> None:
         _aim(case)
-        case.call_and_validate(headers=server.headers, checks=CHECKS, timeout=20)
+        case.call_and_validate(headers=server.headers, checks=CHECKS, timeout=60)
 
     try:
         check()

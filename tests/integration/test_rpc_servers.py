@@ -41,7 +41,7 @@ async def test_health_on_both_ports(world: World) -> None:
                 response_deserializer=health_pb2.HealthCheckResponse.FromString,
             )
             for service in services:
-                answer = await check(health_pb2.HealthCheckRequest(service=service), timeout=5)
+                answer = await check(health_pb2.HealthCheckRequest(service=service), timeout=60)
                 assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
@@ -54,7 +54,7 @@ async def test_reflection_lists_the_services_of_each_port(world: World) -> None:
                 response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
             )
             questions = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-            [answer] = [answer async for answer in reflect(questions, timeout=5)]
+            [answer] = [answer async for answer in reflect(questions, timeout=60)]
             return {service.name for service in answer.list_services_response.service}
 
     common = {"glora.v1.EnrolmentService", "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
@@ -117,6 +117,6 @@ async def test_devices_are_sent_to_the_public_address(tmp_path: Path) -> None:
     async with running_world(tmp_path, settings) as world, world.anonymous(enrolment=True) as channel:
         _, request = new_key_and_request()
         answer = await enrolment_pb2_grpc.EnrolmentServiceStub(channel).Enrol(
-            enrolment_pb2.EnrolRequest(token_secret="good", certificate_request_pem=request), timeout=5
+            enrolment_pb2.EnrolRequest(token_secret="good", certificate_request_pem=request), timeout=60
         )
     assert (answer.coordinator_host, answer.coordinator_port) == ("glora.example", 443)

@@ -110,7 +110,7 @@ async def test_offer_arrives_with_everything_that_the_device_needs(
 ) -> None:
     notice = NoticeRecord(run_name="other", reason=Reason.TASK_MISMATCH, message="It wants causal_lm.")
     world.devices.answers.put_nowait(WorkAnswer(offer=work_offer(), notices=(notice,)))
-    answer = await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=5)
+    answer = await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=60)
     assert [(n.run_name, n.reason) for n in answer.notices] == [("other", "TASK_MISMATCH")]
     got = answer.assignment
     assert (got.name, got.run, got.run_name, got.version) == ("assignments/a1", "runs/r1", "trec", "versions/v1")
@@ -143,7 +143,7 @@ async def test_every_field_of_the_plan_is_set_from_the_run(
 ) -> None:
     """A field that is added to the proto and forgotten here would reach devices as zero."""
     world.devices.answers.put_nowait(WorkAnswer(offer=work_offer()))
-    answer = await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=5)
+    answer = await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=60)
     unset = {field.name for field in types_pb2.TrainingPlan.DESCRIPTOR.fields} - {
         field.name for field, _ in answer.assignment.plan.ListFields()
     }
@@ -154,7 +154,7 @@ async def test_nothing_comes_with_reasons_and_a_pause(
     world: World, stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
 ) -> None:
     world.devices.answers.put_nowait(WorkAnswer(offer=None, retry_after=1.5))
-    answer = await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=5)
+    answer = await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=60)
     assert answer.WhichOneof("outcome") == "nothing"
     assert answer.nothing.retry_after.ToMilliseconds() == 1500
 
@@ -203,20 +203,22 @@ async def test_poll_is_answered_before_the_deadline_of_the_caller(
     world: World, stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
 ) -> None:
     world.devices.answers.put_nowait(WorkAnswer(offer=None))
-    await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=10)
+    asked = time.monotonic()
+    await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=18)
+    took = time.monotonic() - asked
     world.devices.answers.put_nowait(WorkAnswer(offer=None))
     await stub.WaitForWork(coordinator_pb2.WaitForWorkRequest())
     bounded, free = (call[3] for call in world.devices.called("wait"))
     assert isinstance(bounded, float)
     assert isinstance(free, float)
-    assert 8.0 < bounded <= 9.0
+    assert 16.0 - took < bounded <= 17.0
     assert free >= SETTINGS.poll_min_seconds
 
 
 async def test_device_that_is_revoked_while_it_waits_gets_no_work(
     world: World, stub: coordinator_pb2_grpc.CoordinatorServiceAsyncStub
 ) -> None:
-    call = stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=10)
+    call = stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=60)
     await eventually(lambda: world.devices.polls == 1)
     world.devices.set_state("d1", DeviceState.REVOKED)
     world.devices.answers.put_nowait(WorkAnswer(offer=work_offer()))
@@ -247,12 +249,12 @@ async def test_poll_ends_when_the_connection_breaks(world: World) -> None:
 
 
 async def test_polls_end_at_once_when_the_server_stops(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, grace_seconds=20.0)
+    settings = replace(SETTINGS, grace_seconds=600.0)
     async with running_world(tmp_path, settings) as world, world.channel() as channel:
         stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-        call = stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=30)
+        call = stub.WaitForWork(coordinator_pb2.WaitForWorkRequest(), timeout=600)
         await eventually(lambda: world.devices.polls == 1)
-        await asyncio.wait_for(world.servers.stop(), 5)
+        await asyncio.wait_for(world.servers.stop(), 60)
         with refused(Reason.SHUTTING_DOWN, grpc.StatusCode.UNAVAILABLE) as errors:
             await call
         assert errors[0].retry_after == 2.0

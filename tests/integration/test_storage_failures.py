@@ -119,7 +119,7 @@ async def test_a_deadlock_between_replicas_is_tried_again(postgres_url: str) -> 
         mine = uow.devices.get(first)
         if not both.broken:
             with contextlib.suppress(threading.BrokenBarrierError):
-                both.wait(2)
+                both.wait(20)
             both.abort()
         uow.devices.save(replace(mine, granted_rank=mine.granted_rank + 1))
         theirs = uow.devices.get(second)

@@ -64,8 +64,8 @@ class Diagnostics:
 
 def coverage(updates: Sequence[ClientUpdate], weights: Sequence[float], rank: int) -> tuple[float, ...]:
     """w_j for j = 1 … rank: the share of the weight that could train direction j."""
-    pairs = list(zip(updates, weights, strict=True))
-    return tuple(math.fsum(w for update, w in pairs if update.rank >= j) for j in range(1, rank + 1))
+    pairs = [(update.rank, weight) for update, weight in zip(updates, weights, strict=True)]
+    return tuple(math.fsum(weight for own, weight in pairs if own >= j) for j in range(1, rank + 1))
 
 
 def principal_angles(previous: LayerState | None, current: LayerState) -> PrincipalAngles | None:

@@ -9,6 +9,7 @@ Cost 4·d·Σr per column, for the mean 4(d + n)·Σr.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -157,6 +158,15 @@ class SharedTail:
 def shared_tails(groups: Sequence[Group]) -> list[SharedTail]:
     """One per group."""
     return [SharedTail(group) for group in groups]
+
+
+@lru_cache(maxsize=8)
+def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
+    """Standard normal numbers (float32), drawn once for all modules of a shape; not to be written to.
+
+    On the CPU whatever the device of a round, so that every machine has the same ones.
+    """
+    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
 def raw_sum(groups: Sequence[Group], coefficients: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from glora_server.aggregation.fast.devices import unit_columns
 from glora_server.aggregation.fast.intake import Group
-from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, raw_sum
+from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, gaussian, raw_sum
 from glora_server.aggregation.subspace import Subspace
 
 _OVERSAMPLING = 16
@@ -93,8 +93,7 @@ def _start(operator: Operator | None, groups: Sequence[Group], rank: int, known:
     """
     sizes = groups[0].devices.shape
     held = min(rank, *(0 if u is None else u.shape[1] for u in known))
-    # Drawn on the CPU whatever the device, so that every machine starts from the same columns.
-    drawn = torch.randn((sizes.d, rank + _OVERSAMPLING - held), generator=torch.Generator().manual_seed(0))
+    drawn = gaussian(sizes.d, rank + _OVERSAMPLING - held, seed=0)
     mixed = drawn.to(groups[0].vote.device).expand(sizes.modules, -1, -1)
     if operator is not None:
         mixed, _ = operator.apply(mixed)

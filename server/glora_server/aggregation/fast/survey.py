@@ -17,7 +17,7 @@ from torch import Tensor
 
 from glora_server.aggregation.diagnostics import ClientDiagnostics, Diagnostics, coverage, principal_angles
 from glora_server.aggregation.fast.intake import Group, ModuleRound, VoteRule
-from glora_server.aggregation.fast.operator import shared_tails
+from glora_server.aggregation.fast.operator import gaussian, shared_tails
 from glora_server.aggregation.rules import Rule
 from glora_server.aggregation.state import LayerState
 
@@ -66,8 +66,7 @@ class Folded:
 def probe(groups: Sequence[Group]) -> Probes:
     """One pass over the right factors with k columns."""
     sizes = groups[0].devices.shape
-    generator = torch.Generator().manual_seed(1)
-    omega = torch.randn((sizes.n, _PROBES), generator=generator).to(groups[0].tail.u.device)
+    omega = gaussian(sizes.n, _PROBES, seed=1).to(groups[0].tail.u.device)
     wide = omega.expand(sizes.modules, -1, -1)
     return Probes(omega=omega, seen=tuple(group.devices.seen(wide) for group in groups))
 
