@@ -175,6 +175,18 @@ def test_update_that_is_not_finite_is_refused_by_name(tmp_path: Path, value: flo
     assert result.norm is None
 
 
+def test_finite_numbers_with_an_infinite_sum_are_finite(tmp_path: Path) -> None:
+    tensors = load_file(update_file(tmp_path / "u", 4))
+    key = lora_key(QUERY, "B")
+    tensors[key] = torch.full_like(tensors[key], 3e38)
+    assert not torch.isfinite(tensors[key].sum())
+    save_file(tensors, tmp_path / "large")
+    result = jobs.check(checked(tmp_path / "large", 4), cases.CPU)
+    assert result.refusal is None
+    assert result.norm is not None
+    assert result.norm > 1e38
+
+
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors file at all"])
 def test_unreadable_file_is_a_refusal(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
