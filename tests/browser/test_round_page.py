@@ -39,7 +39,7 @@ def test_training_steps_move_by_themselves(site: Federation, visit: Visitor) -> 
     page.get_by_role("link", name="Timeline of every device").click()
     expect(page).to_have_url(re.compile(r"/rounds/\d+$"))
     page.evaluate("window.stays = true")
-    seen = set()
+    seen: set[str] = set()
     step = re.compile(r"step (\d+) of 20")
     deadline = time.monotonic() + 120.0
     while len(seen) <= 3 and time.monotonic() < deadline:

@@ -20,9 +20,10 @@ from federation import Federation, completed
 from glora_processes import Process, until
 from tcp_proxy import TcpProxy
 
-from glora_dashboard.models import AssignmentAnswer
+from glora_dashboard.models import ProgressAnswer
 from glora_dashboard.run_models import RoundAnswer, RunAnswer
 from glora_wire.digests import Digest
+from glora_wire.streams import MAX_CHUNK_BYTES
 
 pytestmark = pytest.mark.e2e
 
@@ -79,11 +80,15 @@ class World:
         self.proxy.hold_at = before + int(MOST * UPLOAD_BYTES)
         return before
 
-    def wait_for_hold(self) -> None:
-        """Return when most of the slow device's upload is on its way."""
-        hold_at = self.proxy.hold_at
-        assert hold_at is not None
-        until(lambda: self.proxy.bytes_up >= hold_at, "most of the upload has gone out", 600.0)
+    def wait_for_hold(self, name: str) -> None:
+        """Return when the server has every whole chunk of what the proxy let through, and waits for more."""
+        whole = int(MOST * UPLOAD_BYTES) // MAX_CHUNK_BYTES * MAX_CHUNK_BYTES
+
+        def held(run: RunAnswer) -> bool:
+            progress = progress_of(run, "slow")
+            return progress is not None and progress.phase == "uploading" and progress.done >= whole
+
+        self.federation.wait_run(name, held, "most of the upload has gone out", 600.0)
 
     def uploads(self, name: str) -> dict[str, str]:
         """Digest by assignment, from the database file."""
@@ -116,8 +121,9 @@ def aggregates(run: RunAnswer) -> bool:
     return run.round is not None and run.round.phase == "aggregating"
 
 
-def assignment(found: RoundAnswer, device: str) -> AssignmentAnswer:
-    return next(item for item in found.assignments if item.device == device)
+def progress_of(run: RunAnswer, device: str) -> ProgressAnswer | None:
+    found = run.round.assignments if run.round is not None else []
+    return next((item.progress for item in found if item.device == device), None)
 
 
 def descendants(pid: int) -> list[int]:
@@ -161,7 +167,7 @@ def test_server_killed_while_collecting(world: World) -> None:
     before = world.hold_next_upload()
     world.begin("collecting")
     world.wait_for("collecting", "quick", "accepted_update")
-    world.wait_for_hold()
+    world.wait_for_hold("collecting")
     received = world.uploads("collecting")
     assert len(received) == 1, "the quick one's is in, the slow one's is not"
     world.kill_server()
@@ -200,8 +206,9 @@ def test_server_killed_while_aggregating(world: World) -> None:
 def test_device_killed_while_uploading(world: World) -> None:
     before, received = world.hold_next_upload(), world.federation.metric(RECEIVED)
     world.begin("mid-upload")
-    world.wait_for_hold()
+    world.wait_for_hold("mid-upload")
     world.slow.kill()
+    world.proxy.cut()
     world.proxy.hold_at = None
     world.slow = world.start_slow()
     world.finish("mid-upload")
@@ -217,9 +224,7 @@ def test_device_killed_while_training(world: World) -> None:
     world.begin("mid-training", steps=40)
 
     def training(run: RunAnswer) -> bool:
-        if run.round is None:
-            return False
-        progress = assignment(run.round, "quick").progress
+        progress = progress_of(run, "quick")
         return progress is not None and progress.phase == "training"
 
     world.federation.wait_run("mid-training", training, "training", 900.0)
@@ -235,7 +240,7 @@ def test_device_killed_while_training(world: World) -> None:
 def test_network_breaks_in_the_middle_of_an_upload(world: World, harm: str) -> None:
     before = world.hold_next_upload()
     world.begin(harm)
-    world.wait_for_hold()
+    world.wait_for_hold(harm)
     if harm == "silence":
         world.proxy.swallow()
         time.sleep(1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -130,15 +131,17 @@ def environment() -> dict[str, str]:
     return child_environment(os.environ)
 
 
+_PORTS: Final = range(20_000, 32_768)
+"""None that the system gives to outgoing connections: one of them could have it before the server does, or again."""
 _TAKEN: Final[set[int]] = set()
 
 
 def free_port() -> int:
     """A port of the loopback address that nobody listens on and that was not given out before."""
     while True:
-        with socket.socket() as probe:
-            probe.bind((HOST, 0))
-            port: int = probe.getsockname()[1]
-        if port not in _TAKEN:
-            _TAKEN.add(port)
-            return port
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((HOST, port))
+            if port not in _TAKEN:
+                _TAKEN.add(port)
+                return port

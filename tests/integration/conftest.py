@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +13,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 import pytest_asyncio
+from glora_processes import free_port
 from storage_records import NOW
 
 from glora_server.storage.store import SqlStore
@@ -26,13 +26,6 @@ def _binaries() -> Path | None:
     installed = Path("/usr/lib/postgresql").glob("*/bin/initdb")
     newest = max(installed, key=lambda path: int(path.parent.parent.name), default=None)
     return None if newest is None else newest.parent
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _as_postgres() -> list[str]:
@@ -50,7 +43,7 @@ def postgres_server() -> Iterator[str]:
     try:
         if os.geteuid() == 0:
             shutil.chown(folder, "postgres")
-        port = _free_port()
+        port = free_port()
         run = _as_postgres()
         initdb = [binaries / "initdb", "-D", folder / "data", "-A", "trust", "-U", "postgres", "-N", "-E", "UTF8"]
         subprocess.run([*run, *map(str, initdb), "--locale=C.UTF-8"], check=True, capture_output=True, cwd="/tmp")

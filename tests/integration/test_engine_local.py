@@ -180,8 +180,10 @@ async def test_worker_that_ended_while_idle_is_replaced_without_an_error(engine:
     assert before.pid > 0, "a signal to process 0 would end this process group"
     os.kill(before.pid, signal.SIGKILL)
     cases.until_gone(before.pid)
+    assert (engine.stats().pid, engine.device) == (0, "")
     assert len(await engine.initialise(cases.initial(4))) == 3
     assert engine.stats().restarts == before.restarts + 1
+    assert engine.stats().pid not in {0, before.pid}
 
 
 async def test_signals_of_a_terminal_or_service_are_left_to_the_parent(engine: LocalEngine) -> None:

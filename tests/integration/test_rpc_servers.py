@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # no py.typed
 from grpc_reflection.v1alpha import reflection_pb2  # type: ignore[import-untyped]  # no py.typed
+from glora_processes import free_port
 from rpc_world import SETTINGS, World, new_key_and_request, running_world
 
 from glora.v1 import enrolment_pb2, enrolment_pb2_grpc
@@ -84,8 +85,7 @@ async def test_port_in_use_is_a_sentence_that_names_port_and_setting(world: Worl
 
 
 async def test_failed_start_gives_back_the_port_that_it_had(world: World, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        free = probe.getsockname()[1]
+    free = free_port()
     half = replace(SETTINGS, port=free, enrolment_port=world.servers.enrolment_port)
     servers = other_servers(world, tmp_path, half)
     with pytest.raises(GloraError):

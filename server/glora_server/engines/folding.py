@@ -34,8 +34,8 @@ from glora_wire.names import dense_key, lora_key
 
 Factors = tuple[Tensor, Tensor]
 
-_CPU_BYTES = 512 << 20
-"""Uploads that threads on a CPU have in memory at once."""
+_CPU_BYTES = 256 << 20
+"""Uploads that threads on a CPU have in memory at once; exact computations take up to twelve times that beyond."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ def fold(
     """The new parts, in the order of the job; a part that no update carries stays as it is.
 
     Numbers that `resident` holds are taken from there, others read from their files. On a CPU each module is one
-    thread's, `threads` at once where their uploads take no more than 512 MiB together. On a CUDA device modules are
+    thread's, `threads` at once where their uploads take no more than 256 MiB together. On a CUDA device modules are
     computed together whose uploads take about `batch_bytes` in float32, by default an eighth of what is free there; a
     CPU does so only where that is given.
 

@@ -100,7 +100,10 @@ class LocalEngine(NumericsEngine):
     def stats(self) -> WorkerStats:
         """Counters for the metrics page."""
         with self._guard:
-            return replace(self._stats, queued=self._requests.qsize())
+            found = replace(self._stats, queued=self._requests.qsize())
+            # The next job notices a worker that ended while it had nothing to do, and starts another.
+            ended = self._worker is not None and not self._worker.alive
+        return replace(found, pid=0, device="") if ended else found
 
     async def start(self) -> None:
         """Start the worker now (2 to 5 s) instead of with the first job; raises GloraError when it cannot serve."""
