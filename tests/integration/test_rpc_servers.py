@@ -10,9 +10,9 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from glora_processes import free_port
 from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]  # no py.typed
 from grpc_reflection.v1alpha import reflection_pb2  # type: ignore[import-untyped]  # no py.typed
-from glora_processes import free_port
 from rpc_world import SETTINGS, World, new_key_and_request, running_world
 
 from glora.v1 import enrolment_pb2, enrolment_pb2_grpc
