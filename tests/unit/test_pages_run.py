@@ -76,6 +76,13 @@ async def test_gain_names_the_version_that_it_is_measured_from(view: RunView) ->
     assert newest_words((), 3) == ""
 
 
+async def test_the_overview_says_of_which_version_an_older_accuracy_is(view: RunView) -> None:
+    measured = replace(view, scores=(score(4, 8, 0.5),))
+    assert "accuracy of version 4<" in run_card(replace(measured, version_number=5))
+    assert "accuracy<" in run_card(replace(measured, version_number=4))
+    assert "Not measured yet" in run_card(replace(view, scores=()))
+
+
 @pytest.mark.parametrize(
     ("phase", "possible"),
     [

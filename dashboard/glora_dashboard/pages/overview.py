@@ -168,6 +168,8 @@ def _quality(view: RunView) -> Markup:
         return Markup('<div class="quality muted small">Not measured yet</div>')
     first, last = points[0].accuracy, points[-1].accuracy
     label = f"Accuracy from {fmt.percent(first)} to {fmt.percent(last)} over {fmt.count(len(points), 'version')}"
+    measured = points[-1].version_number
+    what = "accuracy" if measured == view.version_number else f"accuracy of version {measured:,}"
     return Markup(
-        '<div class="quality">{}<div class="figure"><b>{}</b><span class="muted small">accuracy</span></div></div>'
-    ).format(sparkline([point.accuracy for point in points], label=label), fmt.percent(last))
+        '<div class="quality">{}<div class="figure"><b>{}</b><span class="muted small">{}</span></div></div>'
+    ).format(sparkline([point.accuracy for point in points], label=label), fmt.percent(last), what)
