@@ -34,6 +34,7 @@ ORDER = (
     "lowest_rank",
     "sst2",
     "clinc150",
+    "clinc150_long",
 )
 
 
