@@ -44,7 +44,7 @@ def test_instructions_are_learned_in_two_rounds(tmp_path: Path) -> None:
             "instructions",
             lambda run: completed(run) and 2 in {s.version_number for s in run.scores if s.phase == "version"},
             "its end, measured",
-            300.0,
+            900.0,
         )
         # What both received at the start, and the last version, which devices that train measure once all is done.
         measured = [item for item in federation.measurements("instructions") if item.phase in {"before", "version"}]

@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, BrowserContext, Page, expect
 
 from glora_server.coordinator.people import Role
 
-PATIENCE_MS = 30_000
+PATIENCE_MS = 60_000
 """A busy machine is slow; nothing here is about speed."""
 expect.set_options(timeout=PATIENCE_MS)
 
