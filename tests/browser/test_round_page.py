@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 import time
-from functools import partial
 
+from chromium import Served
 from federation import Federation
 from live_site import DEVICES, RUN
 from playwright.sync_api import expect
 from visitor import Visitor
 
-from glora_dashboard.run_models import RunAnswer
 from glora_server.coordinator.people import Role
 
 
@@ -29,11 +28,6 @@ def test_every_device_has_a_row_with_what_became_of_it(site: Federation, visit: 
     expect(page.locator(".counts")).to_contain_text("1 rejected")
 
 
-def is_beyond(number: int, run: RunAnswer) -> bool:
-    """Whether there is a later round, if only a planned one."""
-    return run.round is not None and run.round.number > number
-
-
 def test_training_steps_move_by_themselves(site: Federation, visit: Visitor) -> None:
     page = visit(site, f"/runs/{RUN}", role=Role.VIEWER)
     page.get_by_role("link", name="Timeline of every device").click()
@@ -46,12 +40,19 @@ def test_training_steps_move_by_themselves(site: Federation, visit: Visitor) -> 
         seen |= set(step.findall(page.locator(".gantt").inner_text())) if page.locator(".gantt").count() else set()
         after = page.get_by_role("link", name="Round after")
         if after.count() and not page.locator(".g-live").count():
-            shown = int(page.url.rpartition("/")[2])
-            site.wait_run(RUN, partial(is_beyond, shown), "the round after")
             after.click()
             page.wait_for_timeout(300)
         page.wait_for_timeout(150)
     assert len(seen) > 3, f"steps that were shown: {seen}"
+
+
+def test_the_newest_round_leads_to_none_after_it(crowd: Served, visit: Visitor) -> None:
+    page = visit.at(crowd.url, "/runs/news-topics", user=crowd.user, password=crowd.password)
+    page.get_by_role("link", name="Timeline of every device").click()
+    expect(page.get_by_role("link", name="Round before")).to_be_visible()
+    expect(page.get_by_role("link", name="Round after")).to_have_count(0)
+    page.get_by_role("link", name="Round before").click()
+    expect(page.get_by_role("link", name="Round after")).to_be_visible()
 
 
 def test_a_round_to_come_says_so(site: Federation, visit: Visitor) -> None:

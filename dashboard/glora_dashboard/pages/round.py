@@ -15,9 +15,10 @@ from glora_dashboard.pages.pager import Pager
 from glora_dashboard.pages.parts import Block, anchor, bar, card, join, pill
 from glora_dashboard.pages.signs import ASSIGNMENT_SIGNS, ROUND_TONES
 from glora_dashboard.pages.site import Site
+from glora_server.coordinator.model import Page
 from glora_server.coordinator.views import AssignmentView, RoundView
 from glora_server.rounds.assignment import AssignmentPhase
-from glora_server.rounds.round import GATHERING, LIVE
+from glora_server.rounds.round import GATHERING
 
 DEVICES_SHOWN: Final = 50
 
@@ -28,7 +29,7 @@ async def round_page(site: Site, name: str, number: int, attempt: int | None = N
     view = await site.queries.round(name, number, attempt)
     crumbs = (("Overview", "/"), (name, f"/runs/{name}"))
     with frame(f"Round {number} of {name}", crumbs=crumbs, heading=False):
-        head = Block(_head(name, view))
+        head = Block(_head(name, view, await _newest(site, name)))
         with card("Devices"):
             Block(legend())
             devices = Pager(
@@ -43,13 +44,18 @@ async def round_page(site: Site, name: str, number: int, attempt: int | None = N
         async def refresh() -> None:
             nonlocal view
             view = await site.queries.round(name, number, view.round.attempt)
-            head.show(_head(name, view))
+            head.show(_head(name, view, await _newest(site, name)))
             await devices.refresh()
 
         keep_fresh(site, refresh, run=name)
 
 
-def _head(name: str, view: RoundView) -> Markup:
+async def _newest(site: Site, name: str) -> int:
+    """Number of the run's newest round."""
+    return max(item.round.number for item in (await site.queries.rounds(name, Page(size=1))).items)
+
+
+def _head(name: str, view: RoundView, newest: int) -> Markup:
     round_ = view.round
     attempt = f" <small>attempt {round_.attempt}</small>" if round_.attempt > 1 else ""
     state = pill(ROUND_TONES[round_.phase], round_.phase.value)
@@ -60,18 +66,17 @@ def _head(name: str, view: RoundView) -> Markup:
         round_.number,
         Markup(attempt),  # noqa: S704 - a number of ours
         state,
-        _neighbours(name, view),
+        _neighbours(name, view.round.number, newest),
         _sentence(view),
         _updates(view),
         _counts(view),
     )
 
 
-def _neighbours(name: str, view: RoundView) -> Markup:
-    number, address = view.round.number, f"/runs/{name}/rounds"
+def _neighbours(name: str, number: int, newest: int) -> Markup:
+    address = f"/runs/{name}/rounds"
     before = anchor("Round before", f"{address}/{number - 1}", classes="button") if number > 1 else Markup("")
-    ended = view.round.phase not in LIVE
-    after = anchor("Round after", f"{address}/{number + 1}", classes="button") if ended else Markup("")
+    after = anchor("Round after", f"{address}/{number + 1}", classes="button") if number < newest else Markup("")
     return Markup("{}{}").format(before, after)
 
 
