@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +117,15 @@ def test_numbers_that_json_does_not_have_become_null() -> None:
     assert json.dumps(cleaned, allow_nan=False) == (
         '{"a": [null, 1.5], "b": [{"c": null}], "d": 3, "e": "nan", "f": null}'
     )
+
+
+def test_diagnostics_with_nan_are_json_too() -> None:
+    measured = aggregate(
+        "glora", None, [ClientUpdate(torch.ones(4, 1), torch.ones(1, 3), 1.0, 1.0)], rank=1
+    ).diagnostics
+    text = folding._as_json(replace(measured, mean_norm=math.nan, clients=()), ())
+    assert json.loads(text)["mean_norm"] is None
+    assert json.loads(text)["coverage"] == [1.0]
 
 
 def test_own_scale_of_a_device_is_folded_in(tmp_path: Path) -> None:

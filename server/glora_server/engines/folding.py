@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -16,9 +16,11 @@ from glora_server.aggregation import (
     AggregationError,
     AggregationResult,
     ClientContract,
+    ClientDiagnostics,
     ClientUpdate,
     Diagnostics,
     LayerState,
+    PrincipalAngles,
     UploadSet,
     aggregate_many,
     dense_average,
@@ -332,12 +334,25 @@ def _failed(part: StatePart, carriers: Sequence[_Source], error: AggregationErro
 
 
 def _as_json(diagnostics: Diagnostics, carriers: Sequence[_Source]) -> str:
-    values: dict[str, object] = asdict(diagnostics)
+    values = _shallow(diagnostics)
+    values["angles"] = None if diagnostics.angles is None else _shallow(diagnostics.angles)
     values["clients"] = [
-        {"device_id": source.update.device_id, **asdict(client)}
+        {"device_id": source.update.device_id, **_shallow(client)}
         for source, client in zip(carriers, diagnostics.clients, strict=True)
     ]
-    return json.dumps(finite_only(values), allow_nan=False, separators=(",", ":"))
+    try:
+        return _dumped(values)
+    except ValueError:  # NaN or an infinity, seldom enough that nobody looks for them first
+        return _dumped(finite_only(values))
+
+
+def _shallow(record: Diagnostics | ClientDiagnostics | PrincipalAngles) -> dict[str, object]:
+    """The record's fields by name; `asdict` copies every number, which costs a sixth of a fast fold."""
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _dumped(values: object) -> str:
+    return json.dumps(values, allow_nan=False, separators=(",", ":"))
 
 
 def finite_only(value: object) -> object:
