@@ -120,9 +120,8 @@ def test_numbers_that_json_does_not_have_become_null() -> None:
 
 
 def test_diagnostics_with_nan_are_json_too() -> None:
-    measured = aggregate(
-        "glora", None, [ClientUpdate(torch.ones(4, 1), torch.ones(1, 3), 1.0, 1.0)], rank=1
-    ).diagnostics
+    update = ClientUpdate(torch.ones(4, 1), torch.ones(1, 3), 1.0, 1.0)
+    measured = aggregate("fedit", None, [update], rank=1).diagnostics
     text = folding._as_json(replace(measured, mean_norm=math.nan, clients=()), ())
     assert json.loads(text)["mean_norm"] is None
     assert json.loads(text)["coverage"] == [1.0]
