@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, NoReturn
 
 from glora_wire.errors import GloraError, Reason
 from glora_wire.tensors import PayloadHeader, TensorDtype, TensorEntry, TensorSpec
 
 MAX_HEADER_BYTES: Final = 4 * 1024 * 1024
+_MAX_KEPT: Final = 128 * 1024
+"""Headers up to here are remembered: some 1,400 tensors. Strangers cannot fill the memory with larger ones."""
 _LENGTH_BYTES: Final = 8
 _METADATA: Final = "__metadata__"
 _MAX_DIMENSIONS: Final = 8
@@ -35,10 +39,11 @@ def read_header(path: Path) -> PayloadHeader:
         if _LENGTH_BYTES + length > size:
             _malformed(f"its header claims {length} bytes, but the file ends after {size}")
         text = file.read(length)
-    return _parse_header(text, data_start=_LENGTH_BYTES + length, size=size)
+    parse = _known_header if length <= _MAX_KEPT else _parse_header
+    return parse(text, _LENGTH_BYTES + length, size)
 
 
-def _parse_header(text: bytes, *, data_start: int, size: int) -> PayloadHeader:
+def _parse_header(text: bytes, data_start: int, size: int) -> PayloadHeader:
     document = _decode(text)
     metadata = _metadata(document.pop(_METADATA, None))
     entries = sorted(
@@ -53,7 +58,11 @@ def _parse_header(text: bytes, *, data_start: int, size: int) -> PayloadHeader:
         position = entry.end
     if position != size:
         _malformed(f"its tensors end at byte {position}, but the file has {size}")
-    return PayloadHeader(entries=tuple(entries), metadata=metadata, total_bytes=size)
+    return PayloadHeader(entries=tuple(entries), metadata=MappingProxyType(metadata), total_bytes=size)
+
+
+_known_header = lru_cache(maxsize=8)(_parse_header)
+"""Devices of one rank send the same header, and it is read again for every part of a round."""
 
 
 def _decode(text: bytes) -> dict[str, object]:

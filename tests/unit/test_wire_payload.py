@@ -239,3 +239,19 @@ def test_the_well_formed_twin_of_the_hostile_headers_is_read(tmp_path: Path) -> 
     header = read_header(write_raw(tmp_path / "h", json.dumps({"a": entry()}).encode() + b"   ", bytes(8)))
     assert header.specs == (TensorSpec("a", F32, (2,)),)
     assert read_header(write_raw(tmp_path / "e", b"{}")).specs == ()
+
+
+def test_a_header_that_was_read_before_is_held_against_each_file(tmp_path: Path) -> None:
+    text = json.dumps({"a": entry()}).encode()
+    first = read_header(write_raw(tmp_path / "first", text, bytes(8)))
+    assert read_header(write_raw(tmp_path / "second", text, bytes(8))) == first
+    assert "tensors end at byte" in refused(write_raw(tmp_path / "short", text, bytes(7)))
+    with pytest.raises(TypeError):
+        first.metadata["shared"] = "no"  # type: ignore[index]  # one header may be that of many files
+
+
+def test_a_large_header_is_read_like_a_small_one(tmp_path: Path) -> None:
+    names = [f"{i:0500}" for i in range(400)]
+    text = json.dumps({name: entry((0,), (0, 0)) for name in names}).encode()
+    assert len(text) > 2 * 64 * 1024
+    assert [spec.name for spec in read_header(write_raw(tmp_path / "h", text)).specs] == names
