@@ -131,8 +131,8 @@ class Incoming:
                     data = part.chunk.data
                     order.chunk(part.chunk.offset, len(data))
                     await self._guard.check()
+                    received(len(data))  # first, for a stream may end while its chunk is on the way to the disk
                     await session.chunk(part.chunk.offset, data)
-                    received(len(data))
                 case "trailer":
                     order.trailer(requests.trailer_digest(part.trailer))
                     await self._guard.check_now()
