@@ -23,7 +23,7 @@ class _Health(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *_: object) -> None:  # noqa: A002, ARG002 (its name there)
+    def log_message(self, format: str, *_: object) -> None:  # noqa: A002 (its name there)
         pass
 
 
