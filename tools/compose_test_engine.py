@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Final
 ROOT: Final = Path(__file__).resolve().parent.parent
 PROJECT: Final = "glora-compose-test"
 _WORK: Final = ROOT / "build" / "compose-test"
+_NAMELESS, _NAMELESS_SECONDS = "Temporary failure in name resolution", 180.0
 _CERTIFICATES: Final = Path("/etc/ssl/certs/ca-certificates.crt")
 _NO_SYSTEMD: Final = """\
 [containers]
@@ -129,8 +131,17 @@ class Engine:
         return done.stdout
 
     def execute(self, service: str, *command: str) -> str:
-        """What a command inside a service's container answered."""
-        return self.run("exec", self.container(service), *command)
+        """What a command inside a service's container answered.
+
+        It is given again where podman's name server, which every new container disturbs, left it without an answer.
+        """
+        container, end = self.container(service), time.monotonic() + _NAMELESS_SECONDS
+        while True:
+            try:
+                return self.run("exec", container, *command)
+            except TestFailedError as error:
+                if not self.is_podman or _NAMELESS not in str(error) or time.monotonic() > end:
+                    raise
 
     def labels(self, tag: str) -> dict[str, str]:
         """The labels of an image."""
