@@ -15,7 +15,7 @@ from glora_server.aggregation.api import (
 from glora_server.aggregation.dense import dense_average
 from glora_server.aggregation.diagnostics import ClientDiagnostics, Diagnostics, PrincipalAngles
 from glora_server.aggregation.errors import AggregationError
-from glora_server.aggregation.factors import ClientUpdate, delta_inner, delta_norm, gauge_fix, spectral_norm
+from glora_server.aggregation.factors import ClientUpdate, all_finite, delta_inner, delta_norm, gauge_fix, spectral_norm
 from glora_server.aggregation.state import LayerState, ReadoutStyle, canonical_state, empty_state, frozen_factors
 from glora_server.aggregation.strategies import STRATEGIES, find_strategy
 from glora_server.aggregation.strategies.base import (
@@ -57,6 +57,7 @@ __all__ = [
     "aggregate",
     "aggregate_many",
     "aggregate_with_options",
+    "all_finite",
     "canonical_state",
     "check_options",
     "delta_inner",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.errors import DeviceError, DtypeError, EmptyUpdatesError, NonFiniteError, ShapeError
-from glora_server.aggregation.factors import COMPUTE_DTYPE, normalised_weights
+from glora_server.aggregation.factors import COMPUTE_DTYPE, all_finite, normalised_weights
 
 
 def dense_average(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -34,5 +34,5 @@ def _check_like(tensor: Tensor, first: Tensor, position: int) -> None:
         raise DtypeError(f"Tensor {position} is {tensor.dtype} and tensor 0 is {first.dtype}; use one floating dtype.")
     if tensor.device != first.device:
         raise DeviceError(f"Tensor {position} is on {tensor.device} and tensor 0 on {first.device}.")
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise NonFiniteError(f"Tensor {position} has NaN or infinity; reject the upload that it came with.")

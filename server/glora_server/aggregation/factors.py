@@ -225,10 +225,14 @@ def _check_form(b: Tensor, a: Tensor, *, name: str, one_may_be_absent: bool = Fa
     _check_device(b, a, name=name)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no entry is NaN or infinite. A finite sum has finite terms only, and costs a tenth of looking at each."""
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def _check_finite(b: Tensor, a: Tensor, *, name: str) -> None:
     for label, tensor in (("B", b), ("A", a)):
-        # A finite sum has finite terms only, and costs a tenth; finite terms may have an infinite sum.
-        if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise NonFiniteError(
                 f"{name} has NaN or infinity in {label}; training diverged or the upload is damaged. "
                 "Reject it and lower the learning rate if it repeats."
