@@ -28,7 +28,7 @@ from glora_server.aggregation import (
 from glora_server.coordinator.model import StatePart, TensorKind
 from glora_server.coordinator.ports import AggregatedPart, AggregateJob, UpdateRef
 from glora_server.engines.catalogue import contract
-from glora_server.engines.resident import ResidentUploads
+from glora_server.engines.resident import NOWHERE, ResidentUploads
 from glora_server.engines.states import dense_part, module_part, module_state
 from glora_server.engines.tensors import PayloadFile
 from glora_wire.errors import GloraError, Reason
@@ -47,11 +47,11 @@ class _Source:
     update: UpdateRef
     file: PayloadFile
     sent: PayloadFile | None
-    resident: ResidentUploads | None
+    resident: ResidentUploads
 
     def read(self, key: str, device: torch.device) -> Tensor:
         """The tensor of the upload, which is not held any longer if it was; raises GloraError PAYLOAD_MALFORMED."""
-        held = None if self.resident is None else self.resident.take(self.update.digest, key)
+        held = self.resident.take(self.update.digest, key)
         return self.file.read(key, device) if held is None else held
 
 
@@ -90,7 +90,7 @@ class _Module:
 def fold(
     job: AggregateJob,
     device: torch.device,
-    resident: ResidentUploads | None = None,
+    resident: ResidentUploads = NOWHERE,
     *,
     threads: int = 1,
     batch_bytes: int | None = None,
@@ -169,7 +169,7 @@ def _room(device: torch.device) -> int:
     return free // 8
 
 
-def _open(job: AggregateJob, wanted: ClientContract, resident: ResidentUploads | None) -> tuple[_Source, ...]:
+def _open(job: AggregateJob, wanted: ClientContract, resident: ResidentUploads) -> tuple[_Source, ...]:
     keys: set[str] = set()
     for part in job.parts:
         if part.kind is TensorKind.DENSE:

@@ -14,10 +14,18 @@ from typing import Final, get_args
 import torch
 from torch import Tensor
 
-from glora_server.aggregation import LayerState, ReadoutStyle, delta_norm, empty_state, frozen_factors, readout
+from glora_server.aggregation import (
+    LayerState,
+    ReadoutStyle,
+    all_finite,
+    delta_norm,
+    empty_state,
+    frozen_factors,
+    readout,
+)
 from glora_server.coordinator.model import StatePart, TensorKind
 from glora_server.coordinator.ports import CheckJob, CheckResult, InitialiseJob, RenderJob
-from glora_server.engines.resident import ResidentUploads
+from glora_server.engines.resident import NOWHERE, ResidentUploads
 from glora_server.engines.states import VALUE, dense_part, module_part, module_state
 from glora_server.engines.tensors import PayloadFile, from_record, header_of, to_bytes, wire_dtype
 from glora_wire.errors import GloraError, Reason, Refusal
@@ -54,7 +62,7 @@ def render(job: RenderJob, device: torch.device) -> None:
                 file.write(_on_the_wire(tensor, entry))
 
 
-def check(job: CheckJob, device: torch.device, resident: ResidentUploads | None = None) -> CheckResult:
+def check(job: CheckJob, device: torch.device, resident: ResidentUploads = NOWHERE) -> CheckResult:
     """The verdict on an update's numbers; a file that cannot be used is a refusal as well.
 
     ‖ΔW‖_F per module and in total come from QR cores; ΔW is never formed. Of an update that is half a pair the other
@@ -75,7 +83,7 @@ def check(job: CheckJob, device: torch.device, resident: ResidentUploads | None 
         result = CheckResult(refusal=refusal, norm=total, module_norms=norms)
     except GloraError as error:
         result = CheckResult(refusal=error.as_refusal(), norm=None, module_norms={})
-    if result.refusal is not None and resident is not None and job.digest is not None:
+    if result.refusal is not None:
         resident.drop(job.digest)
     return result
 
@@ -143,7 +151,7 @@ def _place(entries: Mapping[str, TensorEntry], key: str, tensor: Tensor) -> Tens
 
 def _on_the_wire(tensor: Tensor, entry: TensorEntry) -> bytearray:
     rounded = tensor.to(wire_dtype(entry.spec.dtype))
-    if not bool(torch.isfinite(rounded).all()):
+    if not all_finite(rounded):
         raise GloraError(
             Reason.NON_FINITE,
             f"Tensor {entry.spec.name!r} has numbers that {entry.spec.dtype.value} cannot hold; "
@@ -160,10 +168,10 @@ class _Update:
     job: CheckJob
     files: tuple[PayloadFile, ...]
     device: torch.device
-    resident: ResidentUploads | None
+    resident: ResidentUploads
 
     @classmethod
-    def open(cls, job: CheckJob, device: torch.device, resident: ResidentUploads | None) -> _Update:
+    def open(cls, job: CheckJob, device: torch.device, resident: ResidentUploads) -> _Update:
         header = header_of(job.path)
         check_specs(header, job.expected)
         files = [PayloadFile(path=job.path, entries=header.by_name())]
@@ -182,7 +190,7 @@ class _Update:
         file = self._holder(key) or self.files[0]
         tensor = file.read(key, self.device)
         _check_finite(key, tensor)
-        if file is self.files[0] and self.resident is not None and self.job.digest is not None:
+        if file is self.files[0]:
             self.resident.keep(self.job.digest, key, tensor)
         return tensor
 
@@ -198,10 +206,8 @@ def _module_norm(update: _Update, module: str, scales: Mapping[str, float]) -> f
 
 
 def _check_finite(key: str, tensor: Tensor) -> None:
-    if math.isfinite(float(tensor.sum())):  # then all terms are, and this costs a tenth; finite ones may overflow
-        return
-    bad = int((~torch.isfinite(tensor)).sum())
-    if bad:
+    if not all_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
         raise GloraError(
             Reason.NON_FINITE,
             f"Tensor {key!r} has {bad} of {tensor.numel()} numbers that are NaN or infinite; "

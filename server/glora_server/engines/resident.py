@@ -6,6 +6,8 @@ folded. Files stay the truth: a tensor that is not here is read from its file.
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,9 @@ class ResidentUploads:
         """Bytes held."""
         return self._bytes
 
-    def keep(self, digest: str, key: str, tensor: Tensor) -> None:
+    def keep(self, digest: str | None, key: str, tensor: Tensor) -> None:
         """Hold a tensor of the upload with that digest until it is taken or others need its room."""
-        if tensor.nbytes > self._capacity:
+        if digest is None or not self._capacity or tensor.nbytes > self._capacity:
             return
         held = self._uploads.setdefault(digest, {})
         self._bytes += tensor.nbytes - (held[key].nbytes if key in held else 0)
@@ -46,14 +48,20 @@ class ResidentUploads:
 
     def take(self, digest: str | None, key: str) -> Tensor | None:
         """The tensor, which is held no longer; None where there is none."""
-        held = self._uploads.get(digest, {}) if digest is not None else {}
-        tensor = held.pop(key, None)
-        if tensor is not None:
-            self._bytes -= tensor.nbytes
-        if digest is not None and not held:
-            self._uploads.pop(digest, None)
+        if digest is None or key not in self._uploads.get(digest, {}):
+            return None
+        held = self._uploads[digest]
+        tensor = held.pop(key)
+        self._bytes -= tensor.nbytes
+        if not held:
+            del self._uploads[digest]
         return tensor
 
-    def drop(self, digest: str) -> None:
+    def drop(self, digest: str | None) -> None:
         """Forget an upload."""
-        self._bytes -= sum(tensor.nbytes for tensor in self._uploads.pop(digest, {}).values())
+        if digest is not None:
+            self._bytes -= sum(tensor.nbytes for tensor in self._uploads.pop(digest, {}).values())
+
+
+NOWHERE: Final = ResidentUploads(0)
+"""Keeps nothing, for callers without a GPU."""
