@@ -100,10 +100,11 @@ class LocalEngine(NumericsEngine):
     def stats(self) -> WorkerStats:
         """Counters for the metrics page."""
         with self._guard:
-            found = replace(self._stats, queued=self._requests.qsize())
-            # The next job notices a worker that ended while it had nothing to do, and starts another.
-            ended = self._worker is not None and not self._worker.alive
-        return replace(found, pid=0, device="") if ended else found
+            found, worker = replace(self._stats, queued=self._requests.qsize()), self._worker
+            # One that ended while it had nothing to do is still here: the next job notices and starts another.
+            if worker is None or not worker.alive:
+                return found
+            return replace(found, pid=worker.hello.pid, device=worker.hello.device)
 
     async def start(self) -> None:
         """Start the worker now (2 to 5 s) instead of with the first job; raises GloraError when it cannot serve."""
@@ -219,8 +220,6 @@ class LocalEngine(NumericsEngine):
             self._worker = worker
             self._stats = replace(
                 self._stats,
-                pid=worker.hello.pid,
-                device=worker.hello.device,
                 restarts=self._starts - 1,
                 peak_bytes=max(self._stats.peak_bytes, worker.hello.peak_bytes),
             )
@@ -237,7 +236,6 @@ class LocalEngine(NumericsEngine):
         """Note that no worker runs; whether the engine is closed."""
         with self._guard:
             self._worker = None
-            self._stats = replace(self._stats, pid=0, device="")
             return self._closed
 
 
