@@ -168,31 +168,16 @@ def factor_result(
     """
     wire = dtype or updates[0].b.dtype
     if sum(update.rank for update in updates) > _MOST_COLUMNS and wire != COMPUTE_DTYPE:
-        return _large_factor_result(name, b, a, updates, weights, previous=previous, rank=rank, wire=wire)
+        own = Coordinates(left=b.to(COMPUTE_DTYPE), right=a.to(COMPUTE_DTYPE).mT)
+        found = own.svd()
+        new = state_from_svd(found, rank=rank, dtype=state_dtype(wire), strategy=name, floor=rounding_floor(own))
+        told = estimated_diagnostics(updates, weights, found, previous=previous, new=new, rank=rank)
+        kept_as = {"b": b.to(new.u.dtype), "a": a.to(new.u.dtype)}
+        return AggregationResult(state=replace(new, extra=kept_as), diagnostics=told)
     terms = update_terms(updates, weights, held=[Block(left=b, right=a)])
     target = terms.frame.coordinates((Term(block=len(updates), coefficient=1.0),))
     return spectral_result(
         name, terms, target, updates, previous=previous, rank=rank, extra={"b": b, "a": a}, dtype=dtype
-    )
-
-
-def _large_factor_result(
-    name: str,
-    b: Tensor,
-    a: Tensor,
-    updates: Sequence[ClientUpdate],
-    weights: tuple[float, ...],
-    *,
-    previous: LayerState | None,
-    rank: int,
-    wire: torch.dtype,
-) -> AggregationResult:
-    target = Coordinates(left=b.to(COMPUTE_DTYPE), right=a.to(COMPUTE_DTYPE).mT)
-    found = target.svd()
-    new = state_from_svd(found, rank=rank, dtype=state_dtype(wire), strategy=name, floor=rounding_floor(target))
-    told = estimated_diagnostics(updates, weights, found, previous=previous, new=new, rank=rank)
-    return AggregationResult(
-        state=replace(new, extra={"b": b.to(new.u.dtype), "a": a.to(new.u.dtype)}), diagnostics=told
     )
 
 
