@@ -14,7 +14,7 @@ from glora_dashboard.pages.frame import PAGES, frame, may_see, page
 from glora_dashboard.pages.live import keep_fresh
 from glora_dashboard.pages.pager import Pager
 from glora_dashboard.pages.parts import Block, anchor, bar, facts, icon, join, pill, sparkline
-from glora_dashboard.pages.quality import best_by_version
+from glora_dashboard.pages.quality import best_by_version, late_words
 from glora_dashboard.pages.run_parts import sentence
 from glora_dashboard.pages.signs import RUN_TONES, SEVERITY_SIGNS
 from glora_dashboard.pages.site import Site, may
@@ -168,8 +168,7 @@ def _quality(view: RunView) -> Markup:
         return Markup('<div class="quality muted small">Not measured yet</div>')
     first, last = points[0].accuracy, points[-1].accuracy
     label = f"Accuracy from {fmt.percent(first)} to {fmt.percent(last)} over {fmt.count(len(points), 'version')}"
-    measured = points[-1].version_number
-    what = "accuracy" if measured == view.version_number else f"accuracy of version {measured:,}"
+    what = " of ".join(filter(None, ("accuracy", late_words(points, view.version_number))))
     return Markup(
         '<div class="quality">{}<div class="figure"><b>{}</b><span class="muted small">{}</span></div></div>'
     ).format(sparkline([point.accuracy for point in points], label=label), fmt.percent(last), what)

@@ -30,9 +30,13 @@ def best_by_version(view: RunView) -> Sequence[Quality]:
 
 def newest_words(points: Sequence[Quality], newest: int | None) -> str:
     """Of which version the last accuracy is, where that is not the newest one, and how much was gained."""
+    return ", ".join(filter(None, (late_words(points, newest), gain_words(points))))
+
+
+def late_words(points: Sequence[Quality], newest: int | None) -> str:
+    """The version that the last accuracy is of, where that is not the newest one; else empty."""
     late = bool(points) and points[-1].version_number != newest
-    words = f"version {points[-1].version_number:,}" if late else ""
-    return ", ".join(filter(None, (words, gain_words(points))))
+    return f"version {points[-1].version_number:,}" if late else ""
 
 
 def gain_words(points: Sequence[Quality]) -> str:

@@ -52,7 +52,7 @@ async def round_page(site: Site, name: str, number: int, attempt: int | None = N
 
 async def _newest(site: Site, name: str) -> int:
     """Number of the run's newest round."""
-    return max(item.round.number for item in (await site.queries.rounds(name, Page(size=1))).items)
+    return (await site.queries.rounds(name, Page(size=1))).items[0].round.number
 
 
 def _head(name: str, view: RoundView, newest: int) -> Markup:
