@@ -66,6 +66,15 @@ def test_the_state_is_the_exact_one_and_diagnostics_are_near_it(name: str) -> No
         assert abs(one.change_cosine - other.change_cosine) <= 0.35
 
 
+@pytest.mark.parametrize("name", [*OWN_A, *COMMON_A])
+def test_cosines_are_right_on_average(name: str) -> None:
+    updates = uploads(common_a=name in COMMON_A)
+    estimated, exact = folded(name, updates).diagnostics.clients, folded(name, widened(updates)).diagnostics.clients
+    mean = sum(client.cosine for client in exact) / COUNT
+    assert mean > 0.1  # so that zeros would not do
+    assert sum(client.cosine for client in estimated) / COUNT == pytest.approx(mean, abs=0.03)
+
+
 def test_mixed_ranks_keep_their_places() -> None:
     updates = uploads(common_a=False, ranks=(8, 3, 7, 8))
     estimated, exact = folded("hetlora", updates), folded("hetlora", widened(updates))
