@@ -347,7 +347,7 @@ def _as_json(diagnostics: Diagnostics, carriers: Sequence[_Source]) -> str:
 
 
 def _shallow(record: Diagnostics | ClientDiagnostics | PrincipalAngles) -> dict[str, object]:
-    """The record's fields by name; `asdict` copies every number, which costs a sixth of a fast fold."""
+    """The record's fields by name; `asdict` copies every number, which took a tenth of a fast fold."""
     return {field.name: getattr(record, field.name) for field in fields(record)}
 
 
