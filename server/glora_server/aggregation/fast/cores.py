@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glora_server.aggregation.factors import gauge_fix
 from glora_server.aggregation.fast.devices import Devices, Products, chunks, products_of
+from glora_server.aggregation.fast.probes import probes
 
 RESOLUTION = 3e-8
 """Smallest σ relative to Σ‖b_j‖‖a_j‖ that the square root of a float64 Gram core can tell from zero."""
@@ -67,7 +68,7 @@ class Batch:
 class Grams:
     """Inner products of devices' factors, float64.
 
-    BᵀB, AAᵀ (M×m×r×r), U_TᵀB, V_TᵀAᵀ (M×m×c×r), B0ᵀB (M×m×q×r), ⟨BA, B0A0⟩ (M×m).
+    BᵀB, AAᵀ (M×m×r×r), U_TᵀB, V_TᵀAᵀ (M×m×c×r), B0ᵀB (M×m×q×r), ⟨BA, B0A0⟩ (M×m), and AΩ (M×m×r×k).
     """
 
     b: Tensor
@@ -76,6 +77,7 @@ class Grams:
     right: Tensor
     sent: Tensor
     inner: Tensor
+    probed: Tensor
 
     def replaced(self, places: tuple[Tensor, Tensor], other: "Grams") -> "Grams":
         """The same with those of some devices replaced; `other` has them along its first dimension."""
@@ -86,6 +88,7 @@ class Grams:
             right=self.right.index_put(places, other.right),
             sent=self.sent.index_put(places, other.sent),
             inner=self.inner.index_put(places, other.inner),
+            probed=self.probed.index_put(places, other.probed),
         )
 
 
@@ -160,8 +163,8 @@ def _inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 def measured(batch: Batch) -> tuple[Batch, Grams, Cores]:
     """Grams and cores of the devices, and the batch with the bad gauges among them refactored."""
-    left, right = _against(batch.tail)
-    grams = _grams(batch.devices.products(left, right), batch.tail.width)
+    left, right = _against(batch)
+    grams = _grams(batch.devices.products(left, right), batch.tail)
     cores = _cores(batch, grams)
     doubtful = _places(~cores.trusted(batch.gain))
     if doubtful[0].numel():
@@ -193,7 +196,7 @@ def _refactored(devices: Devices, places: tuple[Tensor, Tensor]) -> Devices:
 
 def _precisely(batch: Batch, places: tuple[Tensor, Tensor]) -> Grams:
     """Float64 sums for some devices, a few at a time."""
-    left, right = _against(batch.tail)
+    left, right = _against(batch)
     modules, members = _as_lists(places)
     sizes, parts = batch.devices.shape, []
     for part in chunks(len(members), max(sizes.d, sizes.n) * (sizes.rank + left.shape[2])):
@@ -205,7 +208,7 @@ def _precisely(batch: Batch, places: tuple[Tensor, Tensor]) -> Grams:
         left=torch.cat([p.left for p in parts]),
         right=torch.cat([p.right for p in parts]),
     )
-    return _grams(joined, batch.tail.width)
+    return _grams(joined, batch.tail)
 
 
 def _places(chosen: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,13 +221,16 @@ def _as_lists(places: tuple[Tensor, Tensor]) -> tuple[list[int], list[int]]:
     return places[0].tolist(), places[1].tolist()
 
 
-def _against(tail: Tail) -> tuple[Tensor, Tensor]:
-    """[U_T B_0] and [V_T A_0ᵀ], float64: what every device is compared with."""
+def _against(batch: Batch) -> tuple[Tensor, Tensor]:
+    """[U_T B_0] and [V_T A_0ᵀ Ω], float64: what every device is compared with."""
+    tail = batch.tail
+    omega = probes(batch.devices.shape.n, tail.v.device).double().expand(tail.v.shape[0], -1, -1)
     left = torch.cat([tail.u, tail.sent_b.double()], dim=2)
-    return left, torch.cat([tail.v, tail.sent_a.double().mT], dim=2)
+    return left, torch.cat([tail.v, tail.sent_a.double().mT, omega], dim=2)
 
 
-def _grams(found: Products, c: int) -> Grams:
+def _grams(found: Products, tail: Tail) -> Grams:
+    c, q = tail.width, tail.sent_b.shape[2]
     left, right = found.left.double(), found.right.double()
     return Grams(
         b=found.b.double(),
@@ -232,7 +238,8 @@ def _grams(found: Products, c: int) -> Grams:
         cross=left[..., :c, :],
         right=right[..., :c, :],
         sent=left[..., c:, :],
-        inner=(left[..., c:, :] * right[..., c:, :]).sum(dim=(-2, -1)),
+        inner=(left[..., c:, :] * right[..., c : c + q, :]).sum(dim=(-2, -1)),
+        probed=right[..., c + q :, :].mT,
     )
 
 

@@ -1,8 +1,8 @@
 """The factors of some devices of one rank, for one module or for several of one shape, behind the few products needed.
 
 Tensors of a round have the modules (M) first and the devices (m) second. `Listed` is one module whose factors stay
-where they are and are read device by device: on a CPU that is as fast as one large product and takes no memory.
-`stacked.Stacked` holds several modules of one shape in two tensors: on a GPU a loop over small matrices would cost more
+where they are: they are put side by side a few devices at a time, which costs a fraction of what wider products save
+and takes next to no memory. `stacked.Stacked` holds several modules of one shape in two tensors: on a GPU a loop over small matrices would cost more
 than the arithmetic.
 """
 
@@ -13,7 +13,11 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from glora_server.aggregation.fast.product import times_transposed
+
 _BLOCK_BYTES = 2 << 20
+_SIDE_BY_SIDE = 1 << 19
+"""Numbers of factors that are copied side by side for one product: what stays in a core's own cache."""
 _CHUNK_VALUES = 1 << 19
 
 
@@ -30,7 +34,10 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Products:
-    """BᵀB, AAᵀ (M×m×r×r) and LᵀB, RᵀAᵀ (M×m×p×r) for given L, R; of chosen devices q stands in place of M×m."""
+    """BᵀB, AAᵀ (M×m×r×r), LᵀB (M×m×p×r), RᵀAᵀ (M×m×q×r) for given L and R.
+
+    Of chosen devices, their number stands in place of M×m.
+    """
 
     b: Tensor
     a: Tensor
@@ -74,7 +81,7 @@ class Devices(Protocol):
         ...
 
     def products(self, left: Tensor, right: Tensor) -> Products:
-        """Of all devices, summed in float32, for left (M×d×p), right (M×n×p)."""
+        """Of all devices, summed in float32, for left (M×d×p), right (M×n×q)."""
         ...
 
     def picked(self, modules: Sequence[int], devices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -93,8 +100,8 @@ class Devices(Protocol):
         """rows·B_i (M×m×k×r), float32, for rows (M×k×d)."""
         ...
 
-    def seen(self, columns: Tensor) -> Tensor:
-        """A_i·columns (M×m×r×k), float32, for columns (M×n×k)."""
+    def seen(self, rows: Tensor) -> Tensor:
+        """A_i·rowsᵀ (M×m×r×k), float32, for rows (M×k×n)."""
         ...
 
     def right_sum(self, coefficients: Tensor) -> Tensor:
@@ -135,18 +142,19 @@ class Listed:
 
     def products(self, left: Tensor, right: Tensor) -> Products:
         """See `Devices`."""
-        sizes, wide_left, wide_right = self.shape, left[0].float().mT, right[0].float().mT
-        m, r, p = sizes.devices, sizes.rank, left.shape[2]
+        m, r = self.shape.devices, self.shape.rank
         own = left.new_empty((2, m, r, r), dtype=torch.float32)
-        across = left.new_empty((2, m, p, r), dtype=torch.float32)
         for i, (b, a) in enumerate(zip(self.b, self.a, strict=True)):
             wide_b, wide_a = b.float(), a.float()
             torch.mm(wide_b.mT, wide_b, out=own[0, i])
             torch.mm(wide_a, wide_a.mT, out=own[1, i])
-            if p:
-                torch.mm(wide_left, wide_b, out=across[0, i])
-                torch.mm(wide_right, wide_a.mT, out=across[1, i])
-        return Products(b=own[:1], a=own[1:], left=across[:1], right=across[1:])
+        none = own.new_empty((1, m, 0, r))
+        return Products(
+            b=own[:1],
+            a=own[1:],
+            left=self.onto(left.mT.float()) if left.shape[2] else none,
+            right=self.seen(right.mT.float()).mT if right.shape[2] else none,
+        )
 
     def picked(self, modules: Sequence[int], devices: Sequence[int]) -> tuple[Tensor, Tensor]:  # noqa: ARG002 (one)
         """See `Devices`."""
@@ -165,24 +173,42 @@ class Listed:
 
     def onto(self, rows: Tensor) -> Tensor:
         """See `Devices`."""
-        found = rows.new_empty((1, len(self.b), rows.shape[1], self.shape.rank))
-        for i, b in enumerate(self.b):
-            torch.mm(rows[0], b.float(), out=found[0, i])
+        k, r = rows.shape[1], self.shape.rank
+        found = rows.new_empty((1, len(self.b), k, r))
+        for part, block in side_by_side(self.b, dim=1):
+            found[0, part] = times_transposed(rows[0], block.mT).view(k, -1, r).transpose(0, 1)
         return found
 
-    def seen(self, columns: Tensor) -> Tensor:
+    def seen(self, rows: Tensor) -> Tensor:
         """See `Devices`."""
-        found = columns.new_empty((1, len(self.a), self.shape.rank, columns.shape[2]))
-        for i, a in enumerate(self.a):
-            torch.mm(a.float(), columns[0], out=found[0, i])
+        k, r = rows.shape[1], self.shape.rank
+        found = rows.new_empty((1, len(self.a), r, k))
+        for part, block in side_by_side(self.a, dim=0):
+            found[0, part] = times_transposed(block, rows[0]).view(-1, r, k)
         return found
 
     def right_sum(self, coefficients: Tensor) -> Tensor:
         """See `Devices`."""
         total = coefficients.new_zeros((coefficients.shape[2], self.shape.n))
-        for part, a in zip(coefficients[0], self.a, strict=True):
-            total.addmm_(part, a.float())
+        for part, block in side_by_side(self.a, dim=0):
+            total += times_transposed(coefficients[0, part].transpose(0, 1).flatten(1), block.mT)
         return total[None]
+
+
+def side_by_side(factors: Sequence[Tensor], *, dim: int) -> Iterator[tuple[slice, Tensor]]:
+    """All of some matrices of one shape in order: which, and these next to one another along `dim`, in float32.
+
+    A block is overwritten by the next one.
+    """
+    (rows, columns), numbers = factors[0].shape, factors[0].numel()
+    count = min(max(1, _SIDE_BY_SIDE // numbers), len(factors))
+    buffer = factors[0].new_empty(count * numbers, dtype=torch.float32)
+    for start in range(0, len(factors), count):
+        some = factors[start : start + count]
+        block = buffer[: len(some) * numbers].view(-1 if dim == 0 else rows, columns if dim == 0 else -1)
+        for place, factor in zip(block.tensor_split(len(some), dim=dim), some, strict=True):
+            place.copy_(factor)
+        yield slice(start, start + len(some)), block
 
 
 class ListedColumns:
@@ -223,14 +249,14 @@ class ListedColumns:
     def combined(self, on_units: Tensor, on_raw: Tensor) -> Tensor:
         """See `Columns`."""
         k = on_units.shape[-1]
-        both = torch.cat([on_units, on_raw], dim=-1)[0]
+        plain = torch.tensor(self._plain, device=on_units.device)[:, None, None]
+        both = torch.cat([torch.where(plain, on_units[0], 0.0), on_raw[0]], dim=-1)
         total = both.new_zeros((self._b[0].shape[0], both.shape[-1]))
-        for i, b in enumerate(self._b):
-            if self._plain[i]:
-                total.addmm_(b.float(), both[i])
-            else:
-                total[:, :k].addmm_(self._column(i).float(), both[i, :, :k])
-                total[:, k:].addmm_(b.float(), both[i, :, k:])
+        for part, block in side_by_side(self._b, dim=1):
+            total += times_transposed(block, both[part].flatten(0, 1).mT)
+        for i, as_uploaded in enumerate(self._plain):
+            if not as_uploaded:
+                total[:, :k].addmm_(self._column(i).float(), on_units[0, i])
         return total[None]
 
     def _column(self, i: int) -> Tensor:

@@ -19,7 +19,7 @@ from glora_server.aggregation.diagnostics import Diagnostics, coverage, principa
 from glora_server.aggregation.factors import ClientUpdate, CompactSvd
 from glora_server.aggregation.fast.intake import VoteRule, module_round, read_groups
 from glora_server.aggregation.fast.operator import raw_sum
-from glora_server.aggregation.fast.survey import ROUNDING, Survey, fold, images, probe
+from glora_server.aggregation.fast.survey import ROUNDING, Survey, fold, images
 from glora_server.aggregation.rules import Rule
 from glora_server.aggregation.state import LayerState
 from glora_server.aggregation.subspace import Subspace, Voting
@@ -58,13 +58,11 @@ def estimated_diagnostics(
 def _survey(updates: Sequence[ClientUpdate], weights: Sequence[float], basis: Tensor) -> Survey:
     module = module_round(_AS_UPLOADED, None, updates, weights)
     groups = read_groups(_AS_UPLOADED, [module], stack=basis.is_cuda)
-    probes = probe(groups)
-    probed = images(groups, _AS_UPLOADED, probes, raw_sum(groups, probes.weighted(groups)))
+    probed = images(groups, _AS_UPLOADED, raw_sum(groups, [group.weighted_probes for group in groups]))
     return Survey(
         groups=groups,
         spectrum=basis.new_zeros((1, 0)),
         basis=basis[None],
-        probes=probes,
         images=probed,
         folded=fold(groups, basis[None], probed),
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from glora_server.aggregation.factors import ClientUpdate, CompactSvd
 from glora_server.aggregation.fast.intake import Group, ModuleRound, VoteRule, module_round, read_groups
 from glora_server.aggregation.fast.span import leading, pays
-from glora_server.aggregation.fast.survey import Survey, fold, images, probe
+from glora_server.aggregation.fast.survey import Survey, fold, images
 from glora_server.aggregation.state import LayerState, state_from_svd
 from glora_server.aggregation.strategies.base import AggregationResult
 
@@ -69,15 +69,12 @@ def _computed(
     rank = min(rank, groups[0].devices.shape.d)
     if not pays(groups, rank):
         return None
-    probes = probe(groups)
     known = [None if module.held is None else module.held.u for module in modules]
-    span = leading(groups, rule.voting.subspace, rank, known=known, extra=probes.weighted(groups))
-    probed = images(groups, rule, probes, span.extra)
+    span = leading(groups, rule.voting.subspace, rank, known=known, extra=[group.weighted_probes for group in groups])
+    probed = images(groups, rule, span.extra)
     folded = fold(groups, span.basis, probed)
     states = _states(groups, span.basis, folded.inside, rank=rank)
-    survey = Survey(
-        groups=groups, spectrum=span.spectrum, basis=span.basis, probes=probes, images=probed, folded=folded
-    )
+    survey = Survey(groups=groups, spectrum=span.spectrum, basis=span.basis, images=probed, folded=folded)
     return [
         AggregationResult(state=state, diagnostics=diagnostics)
         for state, diagnostics in zip(states, survey.diagnostics(modules, states, rank=rank), strict=True)

@@ -86,7 +86,7 @@ class Group:
 
     `batch`: factors as uploaded or refactored, p_i, f_i; `clients`: their places in the round; `units`: E_i, and N_i by
     its lift and shift; `fold` (M×m×r×r), `cross` (M×m×c×r): B_i = U_T·cross + N_i·fold; `gram_b`, `gram_a` (M×m×r×r),
-    `gram_sent` (M×m×q×r): BᵀB, AAᵀ, B0ᵀB; `vote` (M×m×(c+r)×(c+r)): p_iW_i in [U_T N_i]; `votes` (M×m): how many
+    `gram_sent` (M×m×q×r), `probed` (M×m×r×k): BᵀB, AAᵀ, B0ᵀB, AΩ; `vote` (M×m×(c+r)×(c+r)): p_iW_i in [U_T N_i]; `votes` (M×m): how many
     directions count; `norms` ‖ΔW_i‖ and `changes` ‖D_i‖ (M×m).
     """
 
@@ -98,6 +98,7 @@ class Group:
     gram_b: Tensor
     gram_a: Tensor
     gram_sent: Tensor
+    probed: Tensor
     vote: Tensor
     votes: Tensor
     norms: Tensor
@@ -131,6 +132,11 @@ class Group:
     def weights(self) -> Tensor:
         """p_if_i (M×m×1×1)."""
         return (self.batch.share * self.batch.gain)[..., None, None]
+
+    @property
+    def weighted_probes(self) -> Tensor:
+        """p_if_iA_iΩ (M×m×r×k, float32): ΣB_i times these is the mean of the uploads, probed."""
+        return (self.weights * self.probed).float()
 
 
 def module_round(
@@ -249,6 +255,7 @@ def _group(rule: VoteRule, batch: Batch, clients: tuple[int, ...], modules: Sequ
         gram_b=grams.b,
         gram_a=grams.a,
         gram_sent=grams.sent,
+        probed=grams.probed,
         vote=vote,
         votes=votes,
         norms=cores.product * batch.gain / rule.step,

@@ -9,7 +9,6 @@ Cost 4·d·Σr per column, for the mean 4(d + n)·Σr.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -30,17 +29,20 @@ def low_precision(device: torch.device) -> torch.dtype:
 
 
 class Operator(Protocol):
-    """A symmetric positive semidefinite d×d matrix L·Lᵀ or L·C·Lᵀ for each module."""
+    """A symmetric positive semidefinite d×d matrix L·Lᵀ or L·C·Lᵀ for each module.
 
-    def apply(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """The matrix times `columns` (M×d×k, float32), in the fastest precision that does, and its coefficients.
+    What it is applied to are columns too, laid out as rows, so that no product has to turn one of them.
+    """
 
-        These are CLᵀ·columns (M×…×k), linear in the columns.
+    def apply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """`rows` (M×k×d, float32) times the matrix, in the fastest precision that does, and its coefficients.
+
+        These are rows·LC (M×k×…), linear in the rows.
         """
         ...
 
     def finished(self, coefficients: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """L·coefficients in float32, and ΣB_i·extra_i (M×d×l).
+        """L·coefficientsᵀ in float32 (M×d×k), and ΣB_i·extra_i (M×d×l).
 
         `extra` (M×m×r×l, group by group) rides along, for the factors are read anyway.
         """
@@ -63,43 +65,44 @@ class VoteOperator:
         keep = values * self._low.itemsize <= _KEPT_BYTES
         self._columns = [group.devices.columns(group.units, self._low, keep=keep) for group in groups]
         self._ranks = [group.rank for group in groups]
-        self._rows = sum(core.shape[1] * core.shape[2] for core in self._cores)
+        self._size = sum(core.shape[1] * core.shape[2] for core in self._cores)
 
-    def apply(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """K·columns, and what each device's core made of [U_T E_i]ᵀ·columns."""
-        low = columns.to(self._low)
-        total, at = torch.zeros_like(columns), 0
-        coefficients = columns.new_empty((columns.shape[0], self._rows, columns.shape[2]))
+    def apply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """rows·K, and what each device's core made of rows·[U_T E_i]."""
+        low = rows.to(self._low)
+        total, at = torch.zeros_like(rows), 0
+        coefficients = rows.new_empty((*rows.shape[:2], self._size))
         for position, (tail, core) in enumerate(zip(self._tails, self._cores, strict=True)):
-            c, inside = tail.shape[2], (tail.mT @ columns)[:, None]
+            c, inside = tail.shape[2], (rows @ tail)[:, None]
             said = torch.zeros_like(inside[:, 0])
             for part, block in self._columns[position].blocks(reduced=self._reduced):
-                own = self._split(position, _times(block.mT, low).float())
-                answered = core[:, part] @ torch.cat([inside.expand(-1, own.shape[1], -1, -1), own], dim=2)
-                said += answered[..., :c, :].sum(dim=1)
-                total += _times(block, answered[..., c:, :].flatten(1, 2).to(self._low)).float()
-                rows = answered.shape[1] * answered.shape[2]
-                coefficients[:, at : at + rows] = answered.flatten(1, 2)
-                at += rows
+                own = _times(low, block).float().unflatten(2, (-1, self._ranks[position])).transpose(1, 2)
+                answered = torch.cat([inside.expand(-1, own.shape[1], -1, -1), own], dim=3) @ core[:, part].mT
+                said += answered[..., :c].sum(dim=1)
+                total += _times(_joined(answered[..., c:]).to(self._low), block.mT).float()
+                joined = _joined(answered)
+                coefficients[..., at : at + joined.shape[2]] = joined
+                at += joined.shape[2]
             if c:
-                total += tail @ said
+                total += said @ tail.mT
         return total, coefficients
 
     def finished(self, coefficients: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Σ[U_T E_i]·coefficients_i, and the extra product."""
-        k, total, at = coefficients.shape[2], coefficients.new_zeros(()), 0
+        """Σ[U_T E_i]·coefficients_iᵀ, and the extra product."""
+        k, total, at = coefficients.shape[1], coefficients.new_zeros(()), 0
         for position, (tail, core) in enumerate(zip(self._tails, self._cores, strict=True)):
             (m, size), c = core.shape[1:3], tail.shape[2]
-            answered = coefficients[:, at : at + m * size].view(-1, m, size, k)
+            answered = coefficients[..., at : at + m * size].unflatten(2, (m, size)).permute(0, 2, 3, 1)
             at += m * size
             total = total + self._columns[position].combined(answered[..., c:, :], extra[position])
             if c:
                 total[..., :k] += tail @ answered[..., :c, :].sum(dim=1)
         return total[..., :k], total[..., k:]
 
-    def _split(self, position: int, rows: Tensor) -> Tensor:
-        """M×wr×k as M×w×r×k."""
-        return rows.view(rows.shape[0], -1, self._ranks[position], rows.shape[2])
+
+def _joined(rows: Tensor) -> Tensor:
+    """Rows of each device (M×m×k×r), device next to device (M×k×mr)."""
+    return rows.transpose(1, 2).flatten(2)
 
 
 class MeanOperator:
@@ -110,30 +113,31 @@ class MeanOperator:
         self._tails = shared_tails(groups)
         self._columns = [group.devices.columns(group.units, torch.float32, keep=False) for group in groups]
 
-    def apply(self, columns: Tensor) -> tuple[Tensor, Tensor]:
-        """M(Mᵀ·columns), and Mᵀ·columns."""
-        seen = self._transposed(columns)
-        return self._times(seen, None)[0], seen
+    def apply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows·M)·Mᵀ, and rows·M."""
+        seen = self._seen(rows)
+        return self._times(seen, None)[0].mT, seen
 
     def finished(self, coefficients: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """M·coefficients, and the extra product."""
+        """M·coefficientsᵀ, and the extra product."""
         return self._times(coefficients, extra)
 
-    def _transposed(self, columns: Tensor) -> Tensor:
-        rows = columns.mT.contiguous()
-        total = columns.new_zeros(())
+    def _seen(self, rows: Tensor) -> Tensor:
+        """rows·M (M×k×n)."""
+        total = rows.new_zeros(())
         for group, tail in zip(self._groups, self._tails, strict=True):
             own = group.devices.right_sum(group.devices.onto(rows) * group.weights.float())
-            total = total + own + tail.left_times(columns)
-        return total.mT
+            total = total + own + tail.onto(rows)
+        return total
 
-    def _times(self, columns: Tensor, extra: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
-        k, total = columns.shape[2], columns.new_zeros(())
+    def _times(self, rows: Tensor, extra: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """M·rowsᵀ (M×d×k), and the extra product."""
+        k, total = rows.shape[1], rows.new_zeros(())
         for position, (group, tail) in enumerate(zip(self._groups, self._tails, strict=True)):
-            seen = group.devices.seen(columns) * group.weights.float()
+            seen = group.devices.seen(rows) * group.weights.float()
             more = seen[..., :0] if extra is None else extra[position]
             raw = self._columns[position].combined(seen[..., :0], torch.cat([seen, more], dim=-1))
-            total = total + torch.nn.functional.pad(tail.times(columns), (0, more.shape[3])) + raw
+            total = total + torch.nn.functional.pad(tail.times(rows.mT), (0, more.shape[3])) + raw
         return total[..., :k], total[..., k:]
 
 
@@ -146,9 +150,9 @@ class SharedTail:
         self.u = tail.u.float()
         self._right = ((tail.v * tail.sigma[:, None]).mT * weight).float()
 
-    def left_times(self, columns: Tensor) -> Tensor:
-        """columnsᵀ·p_kT_k (M×k×n)."""
-        return (columns.mT @ self.u) @ self._right
+    def onto(self, rows: Tensor) -> Tensor:
+        """rows·p_kT_k (M×k×n) for rows M×k×d."""
+        return (rows @ self.u) @ self._right
 
     def times(self, columns: Tensor) -> Tensor:
         """p_kT_k·columns (M×d×k)."""
@@ -158,15 +162,6 @@ class SharedTail:
 def shared_tails(groups: Sequence[Group]) -> list[SharedTail]:
     """One per group."""
     return [SharedTail(group) for group in groups]
-
-
-@lru_cache(maxsize=8)
-def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
-    """Standard normal numbers (float32), drawn once for all modules of a shape; not to be written to.
-
-    On the CPU whatever the device of a round, so that every machine has the same ones.
-    """
-    return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
 def raw_sum(groups: Sequence[Group], coefficients: Sequence[Tensor]) -> Tensor:

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from glora_server.aggregation.fast.devices import unit_columns
 from glora_server.aggregation.fast.intake import Group
-from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, gaussian, raw_sum
+from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, raw_sum
+from glora_server.aggregation.fast.probes import gaussian
+from glora_server.aggregation.fast.product import times_transposed
 from glora_server.aggregation.subspace import Subspace
 
 _OVERSAMPLING = 16
@@ -86,22 +88,22 @@ def _columns(groups: Sequence[Group]) -> int:
 
 
 def _start(operator: Operator | None, groups: Sequence[Group], rank: int, known: Sequence[Tensor | None]) -> Tensor:
-    """What is known of each module's space, and random columns, times K where that is given (M×d×(R + 16)).
+    """What is known of each module's space, and random columns, times K where that is given: rows (M×(R + 16)×d).
 
     Nothing in it depends on a gauge or on the order of the devices. Energies range so far that K would leave nothing
     of the weaker directions in its image.
     """
     sizes = groups[0].devices.shape
     held = min(rank, *(0 if u is None else u.shape[1] for u in known))
-    drawn = gaussian(sizes.d, rank + _OVERSAMPLING - held, seed=0)
+    drawn = gaussian(rank + _OVERSAMPLING - held, sizes.d, seed=0)
     mixed = drawn.to(groups[0].vote.device).expand(sizes.modules, -1, -1)
     if operator is not None:
         mixed, _ = operator.apply(mixed)
     if not held:
         return mixed
     # What orthonormalisation drops is relative to the largest column.
-    mixed = mixed / torch.linalg.vector_norm(mixed, dim=1, keepdim=True).clamp(min=torch.finfo(mixed.dtype).tiny)
-    return torch.cat([torch.stack([u[:, :held].float() for u in known if u is not None]), mixed], dim=2)
+    mixed = mixed / torch.linalg.vector_norm(mixed, dim=2, keepdim=True).clamp(min=torch.finfo(mixed.dtype).tiny)
+    return torch.cat([torch.stack([u[:, :held].float().mT for u in known if u is not None]), mixed], dim=1)
 
 
 class _Krylov:
@@ -113,45 +115,38 @@ class _Krylov:
         self._floor = floor
 
     def run(self, start: Tensor) -> tuple[Tensor, Tensor]:
-        """The operator's coefficients of the Ritz vectors (M×…×R), and the falling Ritz values, R + 1 of them."""
+        """The operator's coefficients of the Ritz vectors (M×R×…), and the falling Ritz values, R + 1 of them."""
         # In float64: one direction that all devices share may be a thousand times as strong as those that follow.
-        blocks, answers = [orthonormal(start.double())], []
+        basis, answers = orthonormal(start.double()), []
         core = start.new_zeros((start.shape[0], 0, 0))
-        converged, width = _Convergence(self._rank), start.shape[2]
+        converged, width = _Convergence(self._rank), start.shape[1]
         while True:
-            image, answer = self._operator.apply(blocks[-1])
+            image, answer = self._operator.apply(basis[:, -width:])
             answers.append(answer)
-            inside = [block.mT @ image for block in blocks]
-            core = _bordered(core, torch.cat(inside, dim=1))
+            inside = times_transposed(image, basis)
+            core = _bordered(core, inside.mT)
             # In float64: LAPACK's float32 version has returned NaN for cores of low rank.
             values, vectors = torch.linalg.eigh(core.double())
             values, vectors = values.flip(1).clamp(min=0), vectors.flip(2)
-            rest = _minus(image, blocks, inside)
+            rest = image - times_transposed(inside, basis.mT)
             coupled = vectors[:, -width:, : self._rank]
-            if converged(values, _lengths(rest, coupled)) or (len(blocks) + 1) * width > start.shape[1]:
+            if converged(values, _lengths(rest, coupled)) or basis.shape[1] + width > start.shape[2]:
                 break
             block = orthonormal(rest, floor=self._floor * values[:, 0])
             if self._floor < _LOW_ROUNDING:
                 # So near to rounding, what is left of the earlier blocks may be as large as what is new.
-                block = orthonormal(_minus(block, blocks, [other.mT @ block for other in blocks]))
+                block = orthonormal(block - times_transposed(times_transposed(block, basis), basis.mT))
             if not bool(block.any()):
                 break
-            blocks.append(block)
-        turn = vectors[..., : self._rank].float().split(width, dim=1)
-        coefficients = torch.stack([answer @ part for answer, part in zip(answers, turn, strict=True)]).sum(dim=0)
+            basis = torch.cat([basis, block], dim=1)
+        turn = vectors[..., : self._rank].float().mT
+        coefficients = times_transposed(turn, torch.cat(answers, dim=1).mT)
         return coefficients, values[:, : self._rank + 1]
 
 
-def _minus(columns: Tensor, blocks: Sequence[Tensor], inside: Sequence[Tensor]) -> Tensor:
-    """columns − Σ blocks·inside."""
-    for block, part in zip(blocks, inside, strict=True):
-        columns = columns - block @ part
-    return columns
-
-
 def _lengths(rest: Tensor, coupled: Tensor) -> Tensor:
-    """‖rest·coupled‖ of each column (M×R), from the Gram matrix of `rest`."""
-    gram = (rest.mT @ rest).double()
+    """‖restᵀ·coupled‖ of each column (M×R), from the Gram matrix of the rows of `rest`."""
+    gram = times_transposed(rest, rest).double()
     return (coupled * (gram @ coupled)).sum(dim=1).clamp(min=0).sqrt()
 
 
@@ -198,20 +193,20 @@ def _bordered(core: Tensor, last: Tensor) -> Tensor:
     return grown
 
 
-def orthonormal(columns: Tensor, *, floor: Tensor | None = None) -> Tensor:
-    """Orthonormal basis (float32) of the directions of `columns` (M×d×k) above `floor` (M) and above rounding.
+def orthonormal(rows: Tensor, *, floor: Tensor | None = None) -> Tensor:
+    """Orthonormal basis (float32) of the directions of `rows` (M×k×d) above `floor` (M) and above rounding.
 
-    By Gram matrices, twice, so that the second one is well-conditioned; the first one in the dtype of `columns`. Other
-    directions leave zero columns, first.
+    By Gram matrices, twice, so that the second one is well-conditioned; the first one in the dtype of `rows`. Other
+    directions leave zero rows, first.
     """
-    values, vectors = torch.linalg.eigh((columns.mT @ columns).double())
-    least = _SQUARED_ROUNDING[columns.dtype] * values[:, -1:]
+    values, vectors = torch.linalg.eigh(times_transposed(rows, rows).double())
+    least = _SQUARED_ROUNDING[rows.dtype] * values[:, -1:]
     if floor is not None:
         least = torch.maximum(least, floor.square()[:, None])
-    once = (columns @ _inverse_roots(values, vectors, least).to(columns.dtype)).float()
-    values, vectors = torch.linalg.eigh((once.mT @ once).double())
-    twice: Tensor = once @ _inverse_roots(values, vectors, _SQUARED_ROUNDING[once.dtype] * values[:, -1:]).float()
-    return twice
+    once = times_transposed(_inverse_roots(values, vectors, least).mT.to(rows.dtype), rows.mT).float()
+    values, vectors = torch.linalg.eigh(times_transposed(once, once).double())
+    roots = _inverse_roots(values, vectors, _SQUARED_ROUNDING[once.dtype] * values[:, -1:])
+    return times_transposed(roots.mT.float(), once.mT)
 
 
 def _inverse_roots(values: Tensor, vectors: Tensor, least: Tensor) -> Tensor:

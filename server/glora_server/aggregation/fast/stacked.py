@@ -52,9 +52,9 @@ class Stacked:
         found: Tensor = rows[:, None] @ self.b
         return found
 
-    def seen(self, columns: Tensor) -> Tensor:
+    def seen(self, rows: Tensor) -> Tensor:
         """See `Devices`."""
-        found: Tensor = self.a @ columns[:, None]
+        found: Tensor = self.a @ rows.mT[:, None]
         return found
 
     def right_sum(self, coefficients: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Norms, captures and votes come from the Gram cores. What would need all Σr² in
 cosines to the mean) is estimated with k = 16 Gaussian probes Ω (n×k) from one fixed seed: ⟨X, Y⟩ ≈ ⟨XΩ, YΩ⟩/k, with a
 relative spread of about √(2/(k·rank)) of a norm, and ‖M‖² = ‖S'‖² + ‖(I − P)M‖², of which only the second term is
 estimated: a round that loses nothing shows exactly that. The probes see products only, so nothing depends on a gauge.
-All but A_iΩ rides along with passes that the round makes anyway.
+A_iΩ comes with the Gram cores, and the rest rides along with passes that the round makes anyway.
 """
 
 import math
@@ -17,26 +17,13 @@ from torch import Tensor
 
 from glora_server.aggregation.diagnostics import ClientDiagnostics, Diagnostics, coverage, principal_angles
 from glora_server.aggregation.fast.intake import Group, ModuleRound, VoteRule
-from glora_server.aggregation.fast.operator import gaussian, shared_tails
+from glora_server.aggregation.fast.operator import shared_tails
+from glora_server.aggregation.fast.probes import PROBES, probes
 from glora_server.aggregation.rules import Rule
 from glora_server.aggregation.state import LayerState
 
-_PROBES = 16
-
-ROUNDING = 1e-6
+ROUNDING = 3e-6
 """What is lost, relative to what is held, below which nothing is: float32 rounding of the probes."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Probes:
-    """Ω (n×k), and A_iΩ (M×m×r×k) of each device, group by group."""
-
-    omega: Tensor
-    seen: tuple[Tensor, ...]
-
-    def weighted(self, groups: Sequence[Group]) -> list[Tensor]:
-        """p_if_iA_iΩ: ΣB_i times these is the mean of the uploads, probed."""
-        return [seen * group.weights.float() for group, seen in zip(groups, self.seen, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,17 +50,9 @@ class Folded:
     probed: tuple[Tensor, ...]
 
 
-def probe(groups: Sequence[Group]) -> Probes:
-    """One pass over the right factors with k columns."""
-    sizes = groups[0].devices.shape
-    omega = gaussian(sizes.n, _PROBES, seed=1).to(groups[0].tail.u.device)
-    wide = omega.expand(sizes.modules, -1, -1)
-    return Probes(omega=omega, seen=tuple(group.devices.seen(wide) for group in groups))
-
-
-def images(groups: Sequence[Group], rule: VoteRule, probes: Probes, raw: Tensor) -> Images:
+def images(groups: Sequence[Group], rule: VoteRule, raw: Tensor) -> Images:
     """The probed means; `raw` = Σp_if_iB_iA_iΩ."""
-    wide = probes.omega.expand(raw.shape[0], -1, -1)
+    wide = _omega(groups[0])
     tails, sents, sent = torch.zeros_like(raw), torch.zeros_like(raw), []
     for group, tail in zip(groups, shared_tails(groups), strict=True):
         tails += tail.times(wide)
@@ -94,7 +73,7 @@ def fold(groups: Sequence[Group], basis: Tensor, probed: Images) -> Folded:
     projected, others = [], []
     for group, tail in zip(groups, shared_tails(groups), strict=True):
         onto = group.devices.onto(rows)
-        inside = inside + tail.left_times(narrow) + group.devices.right_sum(onto[:, :, :k] * group.weights.float())
+        inside = inside + tail.onto(rows[:, :k]) + group.devices.right_sum(onto[:, :, :k] * group.weights.float())
         projected.append(onto[:, :, :k])
         others.append(onto[:, :, k:])
     return Folded(inside=inside, projected=tuple(projected), probed=tuple(others))
@@ -107,7 +86,6 @@ class Survey:
     groups: tuple[Group, ...]
     spectrum: Tensor
     basis: Tensor
-    probes: Probes
     images: Images
     folded: Folded
 
@@ -129,7 +107,7 @@ class Survey:
         """‖(I − P)M‖_F of each module, estimated."""
         narrow = self.basis.float()
         rest = self.images.mean - narrow @ (narrow.mT @ self.images.mean)
-        norms: list[float] = (torch.linalg.matrix_norm(rest.double()) / math.sqrt(_PROBES)).tolist()
+        norms: list[float] = (torch.linalg.matrix_norm(rest.double()) / math.sqrt(PROBES)).tolist()
         return norms
 
     @cached_property
@@ -199,15 +177,15 @@ def _clients(group: Group, survey: Survey, position: int) -> list[list[ClientDia
 
 def _cosines(group: Group, survey: Survey, position: int) -> tuple[Tensor, Tensor]:
     """Of ΔW_i to their mean and of D_i to theirs (M×m), between the probed images."""
-    seen, sent = survey.probes.seen[position].double(), survey.images.sent[position].double()
-    probed, gain, k = survey.folded.probed[position].double().mT, group.batch.gain, _PROBES
+    seen, sent = group.probed, survey.images.sent[position].double()
+    probed, gain, k = survey.folded.probed[position].double().mT, group.batch.gain, PROBES
     changes = survey.images.changes.double()
     to_updates = (seen * probed[..., :k]).sum(dim=(-2, -1))
     own = (seen * (group.gram_b @ seen)).sum(dim=(-2, -1)).clamp(min=0)
     of_sent = (sent * changes).sum(dim=(-2, -1))[:, None]
     to_changes = gain * (seen * probed[..., -k:]).sum(dim=(-2, -1)) - of_sent
     # ⟨B_iA_iΩ, η·B0A0Ω⟩ from B_iᵀB0.
-    sent_seen = (group.tail.sent_a.double() @ survey.probes.omega.double())[:, None]
+    sent_seen = (group.tail.sent_a.double() @ _omega(group).double())[:, None]
     with_sent = (seen * (group.gram_sent.mT @ sent_seen)).sum(dim=(-2, -1)) * group.tail.sent_gain[:, None]
     squares = sent.square().sum(dim=(-2, -1))[:, None]
     changed = (own * gain.square() + squares - 2 * gain * with_sent).clamp(min=0)
@@ -216,6 +194,12 @@ def _cosines(group: Group, survey: Survey, position: int) -> tuple[Tensor, Tenso
         _quotient(to_updates, own.sqrt() * updates_norm),
         _quotient(to_changes, changed.sqrt() * torch.linalg.matrix_norm(changes)[:, None]),
     )
+
+
+def _omega(group: Group) -> Tensor:
+    """Ω for each module (M×n×k)."""
+    sizes = group.devices.shape
+    return probes(sizes.n, group.tail.u.device).expand(sizes.modules, -1, -1)
 
 
 def _quotient(inner: Tensor, norms: Tensor) -> Tensor:
