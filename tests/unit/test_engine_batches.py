@@ -1,5 +1,6 @@
 """A shard folded in batches of modules, as on a GPU, and in threads, against one module at a time; all on the CPU."""
 
+import ctypes
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -97,6 +98,28 @@ def test_strategies_without_batches_do_not_mind(tmp_path: Path, monkeypatch: pyt
 def test_threads_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: str) -> None:
     job = shard(tmp_path, monkeypatch, StrategyChoice(name="glora", options={"accuracy": accuracy}))
     assert folding.fold(job, cases.CPU, threads=3) == folding.fold(job, cases.CPU)
+
+
+def test_a_thread_takes_no_more_cores_than_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN asks OpenMP, whose own default is all cores in every new thread."""
+    library = next((Path(torch.__file__).parent / "lib").glob("libgomp*"), None)
+    if library is None:
+        pytest.skip("this torch comes without libgomp, which could be asked")
+    openmp = ctypes.CDLL(str(library))
+    job, before, seen = shard(tmp_path, monkeypatch), torch.get_num_threads(), []
+    fold_modules = folding._fold_modules
+
+    def asked(modules: Sequence[folding._Module], job: AggregateJob) -> dict[int, AggregatedPart]:
+        seen.append(openmp.omp_get_max_threads())
+        return fold_modules(modules, job)
+
+    monkeypatch.setattr(folding, "_fold_modules", asked)
+    torch.set_num_threads(1)
+    try:
+        folding.fold(job, cases.CPU, threads=3)
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
 
 
 @pytest.mark.parametrize(("room", "at_once"), [(folding._CPU_BYTES, 3), (2 * 4 * 14 * 112, 2), (1, 1)])

@@ -152,8 +152,7 @@ def _in_threads(
         for task in tasks:
             made |= one(task)
         return made
-    # Gradients are switched off per thread.
-    with ThreadPoolExecutor(together, "fold", torch.set_grad_enabled, (torch.is_grad_enabled(),)) as pool:
+    with ThreadPoolExecutor(together, "fold", _start_thread, (torch.is_grad_enabled(),)) as pool:
         try:
             for found in pool.map(one, tasks):
                 made |= found
@@ -161,6 +160,12 @@ def _in_threads(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return made
+
+
+def _start_thread(gradients: bool) -> None:
+    """What is kept per thread: whether gradients are recorded, and among how many threads a product is shared."""
+    torch.set_grad_enabled(gradients)
+    torch.get_num_threads()  # asked for it, torch tells OpenMP; oneDNN asks nobody else, and would take all cores
 
 
 def _room(device: torch.device) -> int:

@@ -86,8 +86,9 @@ class Group:
 
     `batch`: factors as uploaded or refactored, p_i, f_i; `clients`: their places in the round; `units`: E_i, and N_i by
     its lift and shift; `fold` (M×m×r×r), `cross` (M×m×c×r): B_i = U_T·cross + N_i·fold; `gram_b`, `gram_a` (M×m×r×r),
-    `gram_sent` (M×m×q×r), `probed` (M×m×r×k): BᵀB, AAᵀ, B0ᵀB, AΩ; `vote` (M×m×(c+r)×(c+r)): p_iW_i in [U_T N_i]; `votes` (M×m): how many
-    directions count; `norms` ‖ΔW_i‖ and `changes` ‖D_i‖ (M×m).
+    `gram_sent` (M×m×q×r), `probed` (M×m×r×k): BᵀB, AAᵀ, B0ᵀB, A·Ω with the columns of `probes`; `vote`
+    (M×m×(c+r)×(c+r)): p_iW_i in [U_T N_i]; `votes` (M×m): how many directions count;
+    `norms` ‖ΔW_i‖ and `changes` ‖D_i‖ (M×m).
     """
 
     batch: Batch

@@ -76,7 +76,7 @@ class VoteOperator:
             c, inside = tail.shape[2], (rows @ tail)[:, None]
             said = torch.zeros_like(inside[:, 0])
             for part, block in self._columns[position].blocks(reduced=self._reduced):
-                own = _times(low, block).float().unflatten(2, (-1, self._ranks[position])).transpose(1, 2)
+                own = _times(low, block).float().reshape(*rows.shape[:2], -1, self._ranks[position]).transpose(1, 2)
                 answered = torch.cat([inside.expand(-1, own.shape[1], -1, -1), own], dim=3) @ core[:, part].mT
                 said += answered[..., :c].sum(dim=1)
                 total += _times(_joined(answered[..., c:]).to(self._low), block.mT).float()
@@ -92,7 +92,7 @@ class VoteOperator:
         k, total, at = coefficients.shape[1], coefficients.new_zeros(()), 0
         for position, (tail, core) in enumerate(zip(self._tails, self._cores, strict=True)):
             (m, size), c = core.shape[1:3], tail.shape[2]
-            answered = coefficients[..., at : at + m * size].unflatten(2, (m, size)).permute(0, 2, 3, 1)
+            answered = coefficients[..., at : at + m * size].reshape(-1, k, m, size).permute(0, 2, 3, 1)
             at += m * size
             total = total + self._columns[position].combined(answered[..., c:, :], extra[position])
             if c:

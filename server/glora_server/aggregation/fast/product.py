@@ -14,7 +14,8 @@ from torch import Tensor
 
 def times_transposed(left: Tensor, right: Tensor) -> Tensor:
     """left·rightᵀ (…×p×q) for matrices …×p×k and …×q×k in any layout."""
-    if left.device.type != "cpu" or left.dtype != torch.float32 or left.shape[:-2].numel() != 1:
+    single = left.device.type == "cpu" and left.dtype == torch.float32 and left.shape[:-2].numel() == 1
+    if not single or 0 in left.shape:
         return left @ right.mT
     found = _on_cpu()(left.reshape(left.shape[-2:]), right.reshape(right.shape[-2:]))
     return found.view(*left.shape[:-1], right.shape[-2])
@@ -34,7 +35,7 @@ def _on_cpu() -> Callable[[Tensor, Tensor], Tensor]:
 def _by_onednn(left: Tensor, right: Tensor) -> Tensor:
     if not (right.is_contiguous() or right.mT.is_contiguous()):
         right = right.contiguous()  # of any other layout it makes a thousand times the work
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")  # noqa: SLF001 (no public one)
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
     return found
 
 
