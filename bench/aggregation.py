@@ -31,7 +31,7 @@ from torch import Tensor
 
 from glora_server.aggregation import ClientUpdate, LayerState, aggregate, aggregate_many, canonical_state, readout
 from glora_server.aggregation.fast import probes, survey
-from glora_server.aggregation.fast.product import times_transposed
+from glora_server.aggregation.product import times_transposed
 
 RANK, SERVER_RANK = 16, 32
 LIMIT_SECONDS = 60.0

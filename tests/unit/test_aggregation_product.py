@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.fast import product
-from glora_server.aggregation.fast.product import times_transposed
+from glora_server.aggregation import product
+from glora_server.aggregation.product import times_transposed
 
 Layout = Callable[[Tensor], Tensor]
 

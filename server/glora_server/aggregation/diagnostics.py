@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.factors import COMPUTE_DTYPE, ClientUpdate, singular_values
-from glora_server.aggregation.frame import Combination, Coordinates, rounding_floor
-from glora_server.aggregation.rules import RoundTerms, weighted_sum
+from glora_server.aggregation.frame import ROUGH_EPS, Combination
+from glora_server.aggregation.rules import ClientNorms, RoundTerms, weighted_sum
 from glora_server.aggregation.state import LayerState
+
+_ROUGH_COSINE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,47 +93,68 @@ def _sines(rest: Tensor) -> Tensor:
     return squares.clamp(min=0).sqrt()
 
 
+def client_norms(terms: RoundTerms) -> tuple[ClientNorms, ...]:
+    """‖ΔW_i‖ and ‖D_i‖ of every client, for strategies that have no other use for them."""
+    frame = terms.frame
+    return tuple(
+        terms.norms(i, step=frame.coordinates(change[:1]).norm(), change=frame.coordinates(change).norm())
+        for i, change in enumerate(terms.changes)
+    )
+
+
 def client_diagnostics(
-    terms: RoundTerms, updates: Sequence[ClientUpdate], votes: Sequence[int] | None, basis: Tensor
+    terms: RoundTerms,
+    updates: Sequence[ClientUpdate],
+    norms: Sequence[ClientNorms],
+    *,
+    votes: Sequence[int] | None,
+    basis: Tensor,
 ) -> tuple[ClientDiagnostics, ...]:
     """One record per client; `basis` (q×m, frame coordinates, orthonormal) spans what the new state can hold."""
-    frame, weights = terms.frame, terms.weights
-    owns = [frame.coordinates(update).turned() for update in terms.updates]
-    changes = owns if terms.changes == terms.updates else [frame.coordinates(change) for change in terms.changes]
-    norms = [own.norm() for own in owns]
-    raw_norms = norms if changes is owns else [change.norm() for change in changes]
-    change_norms = [_beyond_rounding(norm, change) for norm, change in zip(raw_norms, changes, strict=True)]
-    cosines = _cosines_to_mean(terms, terms.updates, norms)
-    change_cosines = cosines if changes is owns else _cosines_to_mean(terms, terms.changes, change_norms)
-    records = []
-    for i, (update, own, own_norm, change_norm) in enumerate(zip(updates, owns, norms, change_norms, strict=True)):
-        inside = Coordinates(left=basis.mT @ own.left, right=own.right).norm()
-        records.append(
-            ClientDiagnostics(
-                rank=update.rank,
-                share=weights[i],
-                votes=None if votes is None else votes[i],
-                update_norm=own_norm,
-                change_norm=change_norm,
-                cosine=cosines[i] if own_norm else 0.0,
-                change_cosine=change_cosines[i] if change_norm else 0.0,
-                capture=min(1.0, inside / own_norm) if own_norm else 1.0,
-            )
+    update_norms, change_norms = [own.update for own in norms], [own.change for own in norms]
+    cosines = _cosines_to_mean(terms, terms.updates, update_norms)
+    same = terms.changes == terms.updates
+    change_cosines = cosines if same else _cosines_to_mean(terms, terms.changes, change_norms)
+    inside = terms.frame.inside(basis)
+    return tuple(
+        ClientDiagnostics(
+            rank=update.rank,
+            share=terms.weights[i],
+            votes=None if votes is None else votes[i],
+            update_norm=size.update,
+            change_norm=size.change,
+            cosine=cosines[i] if size.update else 0.0,
+            change_cosine=change_cosines[i] if size.change else 0.0,
+            capture=min(1.0, own.coefficient * inside[own.block] / size.update) if size.update else 1.0,
         )
-    return tuple(records)
-
-
-def _beyond_rounding(norm: float, x: Coordinates) -> float:
-    """`norm` of X, or 0 where terms cancel to nothing but rounding: an adapter that came back untouched."""
-    return norm if norm > rounding_floor(x) else 0.0
+        for i, (update, (own,), size) in enumerate(zip(updates, terms.updates, norms, strict=True))
+    )
 
 
 def _cosines_to_mean(terms: RoundTerms, combinations: Sequence[Combination], norms: Sequence[float]) -> list[float]:
-    """cos(X_i, Σp_jX_j) for each combination, 0 where either is zero; `norms` are ‖X_i‖_F."""
+    """cos(X_i, Σp_jX_j) for each combination, 0 where either is zero; `norms` are ‖X_i‖_F.
+
+    From float32 products where those cannot be off by more than 1e-3, which only terms that cancel and bad gauges allow.
+    """
     frame, mean = terms.frame, weighted_sum(combinations, terms.weights)
-    inner = frame.inner_products(mean)
-    vectors = torch.stack([frame.coefficients(combination) for combination in combinations])
-    mean_norm = (frame.coefficients(mean) @ inner).clamp(min=0).sqrt()
-    products = torch.tensor(norms, dtype=inner.dtype, device=inner.device) * mean_norm
+    vectors, of_mean = torch.stack([frame.coefficients(x) for x in combinations]), frame.coefficients(mean)
+    own = torch.tensor(norms, dtype=of_mean.dtype, device=of_mean.device)
+    inner = _inner_products(terms, combinations, mean, norms)
+    products = own * (of_mean @ inner).clamp(min=0).sqrt()
     cosines = torch.where(products > 0, vectors @ inner / products.clamp(min=torch.finfo(inner.dtype).tiny), 0.0)
     return [float(cosine) for cosine in cosines.clamp(-1.0, 1.0).tolist()]
+
+
+def _inner_products(
+    terms: RoundTerms, combinations: Sequence[Combination], mean: Combination, norms: Sequence[float]
+) -> Tensor:
+    """⟨block, mean⟩ for every block, of which the cosines are made."""
+    frame = terms.frame
+    if frame.large:
+        rough = frame.inner_products(mean, rough=True)
+        mean_norm = math.sqrt(max(0.0, float(frame.coefficients(mean) @ rough)))
+        sizes = [(frame.magnitude(mean), mean_norm)]
+        sizes += [(frame.magnitude(x), norm) for x, norm in zip(combinations, norms, strict=True) if norm]
+        if all(ROUGH_EPS * magnitude <= _ROUGH_COSINE / 2 * norm for magnitude, norm in sizes):
+            return rough
+    return frame.inner_products(mean)

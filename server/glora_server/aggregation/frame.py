@@ -24,8 +24,14 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.factors import COMPUTE_DTYPE, EPS, CompactSvd, core_svd, singular_values
+from glora_server.aggregation.product import times_transposed
 
 _ROWS_AT_A_TIME = 512
+_LARGE = 1 << 26
+"""Multiplications from which a product for diagnostics is tried in float32."""
+ROUGH_EPS = 2.0**-24
+"""Rounding of float32."""
+_ROUGH_NORM = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,22 +65,35 @@ class Coordinates:
         """Σ_k ‖l_k‖‖r_k‖: what rounding errors of any arithmetic on X are relative to."""
         return float((torch.linalg.vector_norm(self.left, dim=0) * torch.linalg.vector_norm(self.right, dim=0)).sum())
 
-    def turned(self) -> "Coordinates":
-        """X·Q for an orthonormal Q after which `right` is k×k or smaller: what norms of X and of PX need."""
-        if self.right.shape[1] >= self.right.shape[0]:
-            return self
-        return Coordinates(left=self.left, right=torch.linalg.qr(self.right, mode="r").R)
-
     def norm(self) -> float:
-        """‖X‖_F; a wide stack goes some rows at a time, so that no d×n matrix is needed."""
-        right = self.turned().right.mT
-        parts = (torch.linalg.matrix_norm(rows @ right) for rows in torch.split(self.left, _ROWS_AT_A_TIME))
+        """‖X‖_F; a wide stack goes some rows at a time, so that no d×n matrix is needed.
+
+        Where that is a large product it is float32, if 1e-5 of the norm is then certain.
+        """
+        (rows, columns), others = self.left.shape, self.right.shape[0]
+        if rows * columns * others >= _LARGE and columns >= others:
+            rough = self.balanced(torch.float32)._norm()
+            if math.isfinite(rough) and ROUGH_EPS * self.magnitude() <= _ROUGH_NORM * rough:
+                return rough
+        if columns < others and columns < rows:
+            return Coordinates(left=self.left, right=torch.linalg.qr(self.right, mode="r").R)._norm()
+        return self._norm()
+
+    def _norm(self) -> float:
+        rows_at_a_time = torch.split(self.left, _ROWS_AT_A_TIME)
+        parts = (torch.linalg.matrix_norm(times_transposed(rows, self.right)) for rows in rows_at_a_time)
         return math.hypot(*(float(part) for part in parts))
 
-    def spectral_norm(self) -> float:
-        """Largest singular value of X."""
+    def balanced(self, dtype: torch.dtype) -> "Coordinates":
+        """The same in another dtype, every column of `right` of norm 1: the gauge takes no part in its rounding."""
+        norms = torch.linalg.vector_norm(self.right, dim=0)
+        norms = torch.where(norms > 0, norms, 1.0)
+        return Coordinates(left=(self.left * norms).to(dtype), right=(self.right / norms).to(dtype))
+
+    def norms(self) -> tuple[float, float]:
+        """Largest singular value of X, and ‖X‖_F."""
         values = singular_values(self._core())
-        return float(values[0]) if values.numel() else 0.0
+        return (float(values[0]), float(torch.linalg.vector_norm(values))) if values.numel() else (0.0, 0.0)
 
     def svd(self) -> CompactSvd:
         """SVD of X in coordinates of the frame."""
@@ -87,9 +106,9 @@ class Coordinates:
         return core
 
 
-def rounding_floor(x: Coordinates) -> float:
+def rounding_floor(magnitude: float) -> float:
     """Size below which a singular value of X may be float64 rounding; larger when terms cancel or gauges are bad."""
-    return 32 * EPS * x.magnitude()
+    return 32 * EPS * magnitude
 
 
 class JointFrame:
@@ -111,21 +130,50 @@ class JointFrame:
             right=torch.cat([right[:, self._spans[t.block]] for t in combination], dim=1),
         )
 
-    def inner_products(self, combination: Combination) -> Tensor:
-        """⟨block_i, X⟩ = Σ L_i∘(XR_i) for every block: inner products of combinations with X follow from it.
+    def inner_products(self, combination: Combination, *, rough: bool = False) -> Tensor:
+        """⟨block_i, X⟩ = Σ L_i∘(XR_i) for every block, float64: inner products of combinations with X follow from it.
 
         XR, all columns of R at once, some rows of X at a time: 4q_Lq_R·cols flops where X is as wide as it is high,
-        else 2(q_L + q_R)·cols·(columns of X).
+        else 2(q_L + q_R)·cols·(columns of X). `rough`: in float32, which costs a combination Y up to 6e-8 of
+        ‖Y‖·magnitude(X) + magnitude(Y)·‖X‖, for X is formed before it meets a block.
         """
-        found, right = self.coordinates(combination), self._right.columns
-        narrow = found.left.shape[1] < min(found.left.shape[0], found.right.shape[0])
-        seen = found.right.mT @ right if narrow else None
-        by_column = right.new_zeros(right.shape[1])
+        found, every = self.coordinates(combination), Coordinates(left=self._left.columns, right=self._right.columns)
+        if rough:
+            found, every = found.balanced(torch.float32), every.balanced(torch.float32)
+        narrow = not rough and found.left.shape[1] < min(found.left.shape[0], found.right.shape[0])
+        seen = times_transposed(every.right.mT, found.right.mT) if narrow else None
+        by_column = every.right.new_zeros(every.right.shape[1], dtype=COMPUTE_DTYPE)
         for start in range(0, found.left.shape[0], _ROWS_AT_A_TIME):
             rows = found.left[start : start + _ROWS_AT_A_TIME]
-            image = (rows @ found.right.mT) @ right if seen is None else rows @ seen
-            by_column += (self._left.columns[start : start + _ROWS_AT_A_TIME] * image).sum(dim=0)
+            if seen is None:
+                image = times_transposed(times_transposed(rows, found.right), every.right.mT)
+            else:
+                image = times_transposed(rows, seen)
+            by_column += (every.left[start : start + _ROWS_AT_A_TIME] * image).sum(dim=0)
         return torch.stack([by_column[span].sum() for span in self._spans])
+
+    @property
+    def large(self) -> bool:
+        """Whether inner products cost so much that float32 is worth a try."""
+        return self._left.columns.numel() * self._right.columns.shape[0] >= _LARGE
+
+    def magnitude(self, combination: Combination) -> float:
+        """Σ_k‖l_k‖‖r_k‖ of the combination, as `Coordinates.magnitude` would have it."""
+        return sum(abs(term.coefficient) * self._magnitudes[term.block] for term in combination)
+
+    @cached_property
+    def _magnitudes(self) -> list[float]:
+        norms = torch.linalg.vector_norm(self._left.columns, dim=0)
+        norms = norms * torch.linalg.vector_norm(self._right.columns, dim=0)
+        found: list[float] = torch.stack([norms[span].sum() for span in self._spans]).tolist()
+        return found
+
+    def inside(self, basis: Tensor) -> list[float]:
+        """‖P·block‖ for every block, P the projection onto `basis` (q_L×m, orthonormal)."""
+        left, right = basis.mT @ self._left.columns, self._right.columns
+        norms = [torch.linalg.matrix_norm(left[:, span] @ right[:, span].mT) for span in self._spans]
+        found: list[float] = torch.stack(norms).tolist()
+        return found
 
     def coefficients(self, combination: Combination) -> Tensor:
         """The combination as a vector over the blocks: its product with `inner_products(X)` is ⟨combination, X⟩."""

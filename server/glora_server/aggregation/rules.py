@@ -21,7 +21,7 @@ from torch import Tensor
 
 from glora_server.aggregation.errors import MissingSentError
 from glora_server.aggregation.factors import ClientUpdate
-from glora_server.aggregation.frame import Block, Combination, JointFrame, Term
+from glora_server.aggregation.frame import Block, Combination, JointFrame, Term, rounding_floor
 from glora_server.aggregation.state import LayerState
 
 
@@ -32,6 +32,14 @@ class Rule(StrEnum):
     DELTA = "delta"
     FROZEN_TAIL = "frozen_tail"
     ACCUMULATE = "accumulate"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientNorms:
+    """‖ΔW_i‖_F and ‖D_i‖_F."""
+
+    update: float
+    change: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +55,15 @@ class RoundTerms:
     updates: tuple[Combination, ...]
     changes: tuple[Combination, ...]
     anchor: Combination = ()
+
+    def norms(self, client: int, *, step: float, change: float) -> "ClientNorms":
+        """From `step` = ‖ηΔW_i‖ and `change` = ‖D_i‖, which counts as 0 where terms cancel to nothing but rounding.
+
+        So it is for an adapter that came back untouched.
+        """
+        (own,), changed = self.updates[client], self.changes[client]
+        beyond = change > rounding_floor(self.frame.magnitude(changed))
+        return ClientNorms(update=step * own.coefficient / changed[0].coefficient, change=change if beyond else 0.0)
 
     def said(self, client: int) -> Combination:
         """X_i."""

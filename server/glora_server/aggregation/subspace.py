@@ -31,7 +31,7 @@ from torch import Tensor
 
 from glora_server.aggregation.factors import EPS, CompactSvd, numerical_rank, svd
 from glora_server.aggregation.frame import rounding_floor
-from glora_server.aggregation.rules import RoundTerms
+from glora_server.aggregation.rules import ClientNorms, RoundTerms
 
 _LARGE = 128
 
@@ -51,12 +51,13 @@ class Consensus:
     """What the clients agree on.
 
     `basis` (q×m, m ≤ R): orthonormal columns in frame coordinates; `spectrum`: the falling eigenvalues of K;
-    `votes`: how many directions each client voted for.
+    `votes`: how many directions each client voted for; `norms`: the size of what each one said.
     """
 
     basis: Tensor
     spectrum: Tensor
     votes: tuple[int, ...]
+    norms: tuple[ClientNorms, ...]
 
     def eigengap(self, rank: int) -> float:
         """λ_R − λ_{R+1}; the spectrum counts as zero beyond its end."""
@@ -64,8 +65,8 @@ class Consensus:
         return padded[rank - 1] - padded[rank] if rank <= len(self.spectrum) else 0.0
 
 
-def reveal(terms: RoundTerms, rank_tol: float) -> tuple[CompactSvd, ...]:
-    r"""Each X_i cut to the directions that its device vouches for.
+def reveal(terms: RoundTerms, rank_tol: float) -> tuple[tuple[CompactSvd, ClientNorms], ...]:
+    r"""Each X_i cut to the directions that its device vouches for, and ‖ΔW_i‖ and ‖D_i‖, which that finds on its way.
 
     Rounding to the wire dtype perturbs an upload by about rank_tol relative to the *terms* of X_i = S + D_i, and
     when S and sent_i cancel that noise stays behind as directions with tiny σ, each of which would have a full vote
@@ -80,19 +81,21 @@ def reveal(terms: RoundTerms, rank_tol: float) -> tuple[CompactSvd, ...]:
     ε_i is the rounding of float64 itself.
     """
     frame = terms.frame
-    base_norm = frame.coordinates(terms.base).spectral_norm()
+    base_norm, _ = frame.coordinates(terms.base).norms()
     revealed = []
     for client, change in enumerate(terms.changes):
-        said = frame.coordinates(terms.said(client))
-        found = said.svd()
-        top = float(found.sigma[0])
-        changed, terms_norm = top, top
+        said = terms.said(client)
+        found = frame.coordinates(said).svd()
+        top, norm = float(found.sigma[0]), float(torch.linalg.vector_norm(found.sigma))
+        changed, terms_norm, own_norm = top, top, norm
         if terms.base or len(change) > 1:
-            changed = frame.coordinates(change).spectral_norm()
-            terms_norm = max(top, changed, base_norm, frame.coordinates(change[:1]).spectral_norm())
-        floor = max(min(rank_tol * terms_norm, changed), rounding_floor(said))
+            changed, norm = frame.coordinates(change).norms()
+            own, own_norm = frame.coordinates(change[:1]).norms()
+            terms_norm = max(top, changed, base_norm, own)
+        floor = max(min(rank_tol * terms_norm, changed), rounding_floor(frame.magnitude(said)))
         keep = numerical_rank(found.sigma, tolerance=0.0, floor=floor)
-        revealed.append(CompactSvd(u=found.u[:, :keep], sigma=found.sigma[:keep], v=found.v[:, :keep]))
+        cut = CompactSvd(u=found.u[:, :keep], sigma=found.sigma[:keep], v=found.v[:, :keep])
+        revealed.append((cut, terms.norms(client, step=own_norm, change=norm)))
     return tuple(revealed)
 
 
@@ -119,12 +122,12 @@ class Voting:
 
 def consensus(voting: Voting, terms: RoundTerms, *, rank: int, rank_tol: float) -> Consensus:
     """TopEig_R(K) in coordinates of the frame; fewer than `rank` columns when K has a smaller rank."""
-    clients = reveal(terms, rank_tol)
+    clients, norms = zip(*reveal(terms, rank_tol), strict=True)
     votes = tuple(client.sigma.numel() for client in clients)
     if voting.subspace is Subspace.MEAN:
         mean = terms.frame.coordinates(terms.mean())
         found = mean.svd()
-        keep = min(rank, numerical_rank(found.sigma, tolerance=0.0, floor=rounding_floor(mean)))
+        keep = min(rank, numerical_rank(found.sigma, tolerance=0.0, floor=rounding_floor(mean.magnitude())))
     else:
         weights = _by_rank(terms.weights, votes) if voting.rank_normalised else terms.weights
         stack = _stack(voting, clients, weights)
@@ -133,13 +136,14 @@ def consensus(voting: Voting, terms: RoundTerms, *, rank: int, rank_tol: float) 
             stack = torch.cat([math.sqrt(1 - voting.anchor) * stack, math.sqrt(voting.anchor) * held], dim=1)
         bounded = voting.subspace in {Subspace.PROJECTOR, Subspace.RIDGE}
         if bounded and min(stack.shape) > _LARGE:
-            return _by_eigh(stack, rank, votes)
+            basis, spectrum = _by_eigh(stack, rank)
+            return Consensus(basis=basis, spectrum=spectrum, votes=votes, norms=norms)
         found = _left_svd(stack)
         keep = min(rank, numerical_rank(found.sigma, tolerance=found.u.shape[0] * EPS))
-    return Consensus(basis=found.u[:, :keep], spectrum=found.sigma.square(), votes=votes)
+    return Consensus(basis=found.u[:, :keep], spectrum=found.sigma.square(), votes=votes, norms=norms)
 
 
-def _by_eigh(stack: Tensor, rank: int, votes: tuple[int, ...]) -> Consensus:
+def _by_eigh(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The same from ZZᵀ (q×q), a third of the work of an SVD, for votes in [0, 1].
 
     Eigenvectors are as good, for the gap that matters is that of K; what is lost are directions below q·1e-16 of all
@@ -148,7 +152,7 @@ def _by_eigh(stack: Tensor, rank: int, votes: tuple[int, ...]) -> Consensus:
     values, vectors = torch.linalg.eigh(stack @ stack.mT)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     keep = min(rank, numerical_rank(values, tolerance=stack.shape[0] * EPS))
-    return Consensus(basis=vectors[:, :keep], spectrum=values, votes=votes)
+    return vectors[:, :keep], values
 
 
 def _by_rank(weights: Sequence[float], votes: Sequence[int]) -> tuple[float, ...]:

@@ -13,7 +13,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.fast.product import times_transposed
+from glora_server.aggregation.product import times_transposed
 
 _BLOCK_BYTES = 2 << 20
 _SIDE_BY_SIDE = 1 << 19

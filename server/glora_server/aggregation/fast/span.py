@@ -26,7 +26,7 @@ from glora_server.aggregation.fast.devices import unit_columns
 from glora_server.aggregation.fast.intake import Group
 from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, raw_sum
 from glora_server.aggregation.fast.probes import gaussian
-from glora_server.aggregation.fast.product import times_transposed
+from glora_server.aggregation.product import times_transposed
 from glora_server.aggregation.subspace import Subspace
 
 _OVERSAMPLING = 16

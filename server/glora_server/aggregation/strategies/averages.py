@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.diagnostics import Diagnostics, client_diagnostics, coverage, principal_angles
+from glora_server.aggregation.diagnostics import Diagnostics, client_diagnostics, client_norms, coverage, principal_angles
 from glora_server.aggregation.errors import MixedRanksError, RankError, StateError
 from glora_server.aggregation.factors import (
     COMPUTE_DTYPE,
@@ -133,7 +133,7 @@ def spectral_result(
         rank=wanted,
         dtype=state_dtype(dtype or updates[0].b.dtype),
         strategy=name,
-        floor=rounding_floor(target),
+        floor=rounding_floor(target.magnitude()),
     )
     kept = {key: value.to(full.u.dtype) for key, value in (extra or {}).items()}
     if keep_tail:
@@ -170,7 +170,7 @@ def factor_result(
     if sum(update.rank for update in updates) > _MOST_COLUMNS and wire != COMPUTE_DTYPE:
         own = Coordinates(left=b.to(COMPUTE_DTYPE), right=a.to(COMPUTE_DTYPE).mT)
         found = own.svd()
-        new = state_from_svd(found, rank=rank, dtype=state_dtype(wire), strategy=name, floor=rounding_floor(own))
+        new = state_from_svd(found, rank=rank, dtype=state_dtype(wire), strategy=name, floor=rounding_floor(own.magnitude()))
         told = estimated_diagnostics(updates, weights, found, previous=previous, new=new, rank=rank)
         kept_as = {"b": b.to(new.u.dtype), "a": a.to(new.u.dtype)}
         return AggregationResult(state=replace(new, extra=kept_as), diagnostics=told)
@@ -253,6 +253,6 @@ def _diagnostics(
         captured_energy=(held / norm) ** 2 if norm else 1.0,
         truncation_error=error / norm if norm else 0.0,
         coverage=coverage(updates, terms.weights, rank),
-        clients=client_diagnostics(terms, updates, None, found.u[:, : new.rank]),
+        clients=client_diagnostics(terms, updates, client_norms(terms), votes=None, basis=found.u[:, : new.rank]),
         angles=principal_angles(previous, new),
     )

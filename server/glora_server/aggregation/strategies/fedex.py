@@ -99,7 +99,7 @@ class Fedex(Strategy):
         adapter = Term(block=len(updates) + len(drift), coefficient=1.0)
         error = frame.coordinates((*terms.mean()[len(signs) :], Term(block=adapter.block, coefficient=-1.0)))
         found = error.svd()
-        keep = numerical_rank(found.sigma, tolerance=0.0, floor=rounding_floor(error))
+        keep = numerical_rank(found.sigma, tolerance=0.0, floor=rounding_floor(error.magnitude()))
         most = optional_number(options, "residual_rank")
         keep = keep if most is None else min(keep, int(most))
         extra = {"b": b, "a": a, **_residual(found, keep, frame.lift_left, frame.lift_right)}

@@ -168,7 +168,7 @@ class Glora(Strategy):
             rank=rank,
             dtype=state_dtype(updates[0].b.dtype),
             strategy=self.name,
-            floor=rounding_floor(mean),
+            floor=rounding_floor(mean.magnitude()),
         )
         return AggregationResult(
             state=new,
@@ -266,6 +266,6 @@ def _diagnostics(
         captured_energy=min(1.0, (inside / norm) ** 2) if norm else 1.0,
         truncation_error=outside / norm if norm else 0.0,
         coverage=coverage(updates, terms.weights, rank),
-        clients=client_diagnostics(terms, updates, common.votes, common.basis),
+        clients=client_diagnostics(terms, updates, common.norms, votes=common.votes, basis=common.basis),
         angles=principal_angles(previous, new),
     )
