@@ -12,7 +12,8 @@ from glora_server.aggregation.frame import ROUGH_EPS, Combination
 from glora_server.aggregation.rules import ClientNorms, RoundTerms, weighted_sum
 from glora_server.aggregation.state import LayerState
 
-_ROUGH_COSINE = 1e-3
+_SURE = 1e-3
+"""What float32 may cost a number before it is computed in float64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,14 @@ class Diagnostics:
     angles: PrincipalAngles | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeanProducts:
+    """⟨block, Σp_iΔW_i⟩ and ⟨block, Σp_iD_i⟩ for every block of the round's frame."""
+
+    updates: Tensor
+    changes: Tensor
+
+
 def coverage(updates: Sequence[ClientUpdate], weights: Sequence[float], rank: int) -> tuple[float, ...]:
     """w_j for j = 1 … rank: the share of the weight that could train direction j."""
     pairs = [(update.rank, weight) for update, weight in zip(updates, weights, strict=True)]
@@ -102,19 +111,57 @@ def client_norms(terms: RoundTerms) -> tuple[ClientNorms, ...]:
     )
 
 
+def mean_products(terms: RoundTerms, norms: Sequence[ClientNorms]) -> MeanProducts:
+    """What all cosines follow from.
+
+    From float32 products where those cannot cost a cosine more than 1e-3; terms that cancel and bad gauges can.
+    """
+    updates = _products(terms, terms.updates, [own.update for own in norms])
+    if terms.changes == terms.updates:
+        return MeanProducts(updates=updates, changes=updates)
+    return MeanProducts(updates=updates, changes=_products(terms, terms.changes, [own.change for own in norms]))
+
+
+def _products(terms: RoundTerms, combinations: Sequence[Combination], norms: Sequence[float]) -> Tensor:
+    frame, mean = terms.frame, weighted_sum(combinations, terms.weights)
+    if frame.large:
+        rough = frame.inner_products(mean, rough=True)
+        mean_norm = math.sqrt(max(0.0, float(frame.coefficients(mean) @ rough)))
+        sizes = [(frame.magnitude(mean), mean_norm)]
+        sizes += [(frame.magnitude(x), norm) for x, norm in zip(combinations, norms, strict=True) if norm]
+        if all(ROUGH_EPS * magnitude <= _SURE / 2 * norm for magnitude, norm in sizes):
+            return rough
+    return frame.inner_products(mean)
+
+
+def norm_outside(terms: RoundTerms, products: MeanProducts, basis: Tensor, inside: float) -> float:
+    """‖(I − P)M‖_F, P the projection onto `basis` and `inside` = ‖PM‖_F; in large rounds to three digits.
+
+    There it is what ‖M‖² = ‖S‖² + 2⟨S, ΣpD⟩ + ‖ΣpD‖² leaves beside ‖PM‖², if that is enough to be sure of.
+    """
+    frame = terms.frame
+    if frame.large:
+        held, changed = frame.coefficients(terms.base), frame.coefficients(weighted_sum(terms.changes, terms.weights))
+        square = frame.coordinates(terms.base).norm() ** 2 + float((2 * held + changed) @ products.changes)
+        rounding = 4 * ROUGH_EPS * frame.magnitude(terms.mean()) * inside
+        if rounding <= _SURE * (square - inside**2):
+            return math.sqrt(square - inside**2)
+    return frame.norm_outside(terms.mean(), basis)
+
+
 def client_diagnostics(
     terms: RoundTerms,
     updates: Sequence[ClientUpdate],
     norms: Sequence[ClientNorms],
+    products: MeanProducts,
     *,
     votes: Sequence[int] | None,
     basis: Tensor,
 ) -> tuple[ClientDiagnostics, ...]:
     """One record per client; `basis` (q×m, frame coordinates, orthonormal) spans what the new state can hold."""
-    update_norms, change_norms = [own.update for own in norms], [own.change for own in norms]
-    cosines = _cosines_to_mean(terms, terms.updates, update_norms)
-    same = terms.changes == terms.updates
-    change_cosines = cosines if same else _cosines_to_mean(terms, terms.changes, change_norms)
+    cosines = _cosines(terms, terms.updates, products.updates, [own.update for own in norms])
+    same = products.changes is products.updates
+    change_cosines = cosines if same else _cosines(terms, terms.changes, products.changes, [x.change for x in norms])
     inside = terms.frame.inside(basis)
     return tuple(
         ClientDiagnostics(
@@ -131,30 +178,13 @@ def client_diagnostics(
     )
 
 
-def _cosines_to_mean(terms: RoundTerms, combinations: Sequence[Combination], norms: Sequence[float]) -> list[float]:
-    """cos(X_i, Σp_jX_j) for each combination, 0 where either is zero; `norms` are ‖X_i‖_F.
-
-    From float32 products where those cannot be off by more than 1e-3, which only terms that cancel and bad gauges allow.
-    """
+def _cosines(
+    terms: RoundTerms, combinations: Sequence[Combination], inner: Tensor, norms: Sequence[float]
+) -> list[float]:
+    """cos(X_i, Σp_jX_j) for each combination, 0 where either is zero; `norms` are ‖X_i‖_F."""
     frame, mean = terms.frame, weighted_sum(combinations, terms.weights)
-    vectors, of_mean = torch.stack([frame.coefficients(x) for x in combinations]), frame.coefficients(mean)
-    own = torch.tensor(norms, dtype=of_mean.dtype, device=of_mean.device)
-    inner = _inner_products(terms, combinations, mean, norms)
-    products = own * (of_mean @ inner).clamp(min=0).sqrt()
+    vectors = torch.stack([frame.coefficients(combination) for combination in combinations])
+    mean_norm = (frame.coefficients(mean) @ inner).clamp(min=0).sqrt()
+    products = torch.tensor(norms, dtype=inner.dtype, device=inner.device) * mean_norm
     cosines = torch.where(products > 0, vectors @ inner / products.clamp(min=torch.finfo(inner.dtype).tiny), 0.0)
     return [float(cosine) for cosine in cosines.clamp(-1.0, 1.0).tolist()]
-
-
-def _inner_products(
-    terms: RoundTerms, combinations: Sequence[Combination], mean: Combination, norms: Sequence[float]
-) -> Tensor:
-    """⟨block, mean⟩ for every block, of which the cosines are made."""
-    frame = terms.frame
-    if frame.large:
-        rough = frame.inner_products(mean, rough=True)
-        mean_norm = math.sqrt(max(0.0, float(frame.coefficients(mean) @ rough)))
-        sizes = [(frame.magnitude(mean), mean_norm)]
-        sizes += [(frame.magnitude(x), norm) for x, norm in zip(combinations, norms, strict=True) if norm]
-        if all(ROUGH_EPS * magnitude <= _ROUGH_COSINE / 2 * norm for magnitude, norm in sizes):
-            return rough
-    return frame.inner_products(mean)

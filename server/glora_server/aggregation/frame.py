@@ -31,7 +31,6 @@ _LARGE = 1 << 26
 """Multiplications from which a product for diagnostics is tried in float32."""
 ROUGH_EPS = 2.0**-24
 """Rounding of float32."""
-_ROUGH_NORM = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,29 +65,12 @@ class Coordinates:
         return float((torch.linalg.vector_norm(self.left, dim=0) * torch.linalg.vector_norm(self.right, dim=0)).sum())
 
     def norm(self) -> float:
-        """‖X‖_F; a wide stack goes some rows at a time, so that no d×n matrix is needed.
-
-        Where that is a large product it is float32, if 1e-5 of the norm is then certain.
-        """
-        (rows, columns), others = self.left.shape, self.right.shape[0]
-        if rows * columns * others >= _LARGE and columns >= others:
-            rough = self.balanced(torch.float32)._norm()
-            if math.isfinite(rough) and ROUGH_EPS * self.magnitude() <= _ROUGH_NORM * rough:
-                return rough
-        if columns < others and columns < rows:
-            return Coordinates(left=self.left, right=torch.linalg.qr(self.right, mode="r").R)._norm()
-        return self._norm()
-
-    def _norm(self) -> float:
-        rows_at_a_time = torch.split(self.left, _ROWS_AT_A_TIME)
-        parts = (torch.linalg.matrix_norm(times_transposed(rows, self.right)) for rows in rows_at_a_time)
+        """‖X‖_F; a wide stack goes some rows at a time, so that no d×n matrix is needed."""
+        right = self.right
+        if right.shape[1] < min(right.shape[0], self.left.shape[0]):
+            right = torch.linalg.qr(right, mode="r").R
+        parts = [torch.linalg.matrix_norm(times_transposed(rows, right)) for rows in _some_rows(self.left)]
         return math.hypot(*(float(part) for part in parts))
-
-    def balanced(self, dtype: torch.dtype) -> "Coordinates":
-        """The same in another dtype, every column of `right` of norm 1: the gauge takes no part in its rounding."""
-        norms = torch.linalg.vector_norm(self.right, dim=0)
-        norms = torch.where(norms > 0, norms, 1.0)
-        return Coordinates(left=(self.left * norms).to(dtype), right=(self.right / norms).to(dtype))
 
     def norms(self) -> tuple[float, float]:
         """Largest singular value of X, and ‖X‖_F."""
@@ -137,24 +119,44 @@ class JointFrame:
         else 2(q_L + q_R)·cols·(columns of X). `rough`: in float32, which costs a combination Y up to 6e-8 of
         ‖Y‖·magnitude(X) + magnitude(Y)·‖X‖, for X is formed before it meets a block.
         """
-        found, every = self.coordinates(combination), Coordinates(left=self._left.columns, right=self._right.columns)
         if rough:
-            found, every = found.balanced(torch.float32), every.balanced(torch.float32)
-        narrow = not rough and found.left.shape[1] < min(found.left.shape[0], found.right.shape[0])
-        seen = times_transposed(every.right.mT, found.right.mT) if narrow else None
-        by_column = every.right.new_zeros(every.right.shape[1], dtype=COMPUTE_DTYPE)
-        for start in range(0, found.left.shape[0], _ROWS_AT_A_TIME):
-            rows = found.left[start : start + _ROWS_AT_A_TIME]
-            if seen is None:
-                image = times_transposed(times_transposed(rows, found.right), every.right.mT)
-            else:
-                image = times_transposed(rows, seen)
-            by_column += (every.left[start : start + _ROWS_AT_A_TIME] * image).sum(dim=0)
+            left, right, weights = self._rough.left, self._rough.right, self._by_column(combination).float()
+            rows = (times_transposed(some * weights, right) for some in _some_rows(left))
+            images = (times_transposed(some, right.mT) for some in rows)
+        else:
+            found, left, right = self.coordinates(combination), self._left.columns, self._right.columns
+            narrow = found.left.shape[1] < min(found.left.shape[0], found.right.shape[0])
+            seen = found.right.mT @ right if narrow else None
+            images = (
+                (some @ found.right.mT) @ right if seen is None else some @ seen for some in _some_rows(found.left)
+            )
+        by_column = right.new_zeros(right.shape[1], dtype=COMPUTE_DTYPE)
+        for some, image in zip(_some_rows(left), images, strict=True):
+            by_column += (some * image).sum(dim=0)
         return torch.stack([by_column[span].sum() for span in self._spans])
+
+    def norm_outside(self, combination: Combination, basis: Tensor) -> float:
+        """‖(I − P)X‖_F, P the projection onto `basis` (q_L×m, orthonormal)."""
+        found = self.coordinates(combination)
+        return Coordinates(left=found.left - basis @ (basis.mT @ found.left), right=found.right).norm()
+
+    @cached_property
+    def _rough(self) -> Coordinates:
+        """All columns in float32, those of the right of norm 1: the gauge takes no part in their rounding."""
+        left, right = self._left.columns, self._right.columns
+        norms = torch.linalg.vector_norm(right, dim=0)
+        norms = torch.where(norms > 0, norms, 1.0)
+        return Coordinates(left=(left * norms).float().contiguous(), right=(right / norms).float())
+
+    def _by_column(self, combination: Combination) -> Tensor:
+        """The combination's coefficient of every column."""
+        of_block = self.coefficients(combination)
+        sizes = torch.tensor([span.stop - span.start for span in self._spans], device=of_block.device)
+        return of_block.repeat_interleave(sizes)
 
     @property
     def large(self) -> bool:
-        """Whether inner products cost so much that float32 is worth a try."""
+        """Whether products of all columns cost so much that float32 is worth a try."""
         return self._left.columns.numel() * self._right.columns.shape[0] >= _LARGE
 
     def magnitude(self, combination: Combination) -> float:
@@ -189,6 +191,10 @@ class JointFrame:
     def lift_right(self, coordinates: Tensor) -> Tensor:
         """Q_R · coordinates (q_R×m → n×m)."""
         return self._right.lift(coordinates)
+
+
+def _some_rows(matrix: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(matrix, _ROWS_AT_A_TIME)
 
 
 class _Side:

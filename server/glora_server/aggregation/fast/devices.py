@@ -209,7 +209,7 @@ def side_by_side(factors: Sequence[Tensor], *, dim: int) -> Iterator[tuple[slice
         some = factors[start : start + count]
         block = buffer[: len(some) * numbers].view(-1 if dim == 0 else rows, columns if dim == 0 else -1)
         if dim == 0:
-            torch.cat(some, out=block)
+            torch.cat(tuple(some), out=block)
         else:  # `cat` takes half as long again
             for place, factor in zip(block.tensor_split(len(some), dim=1), some, strict=True):
                 place.copy_(factor)

@@ -11,7 +11,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.diagnostics import Diagnostics, client_diagnostics, client_norms, coverage, principal_angles
+from glora_server.aggregation.diagnostics import (
+    Diagnostics,
+    client_diagnostics,
+    client_norms,
+    coverage,
+    mean_products,
+    principal_angles,
+)
 from glora_server.aggregation.errors import MixedRanksError, RankError, StateError
 from glora_server.aggregation.factors import (
     COMPUTE_DTYPE,
@@ -170,7 +177,9 @@ def factor_result(
     if sum(update.rank for update in updates) > _MOST_COLUMNS and wire != COMPUTE_DTYPE:
         own = Coordinates(left=b.to(COMPUTE_DTYPE), right=a.to(COMPUTE_DTYPE).mT)
         found = own.svd()
-        new = state_from_svd(found, rank=rank, dtype=state_dtype(wire), strategy=name, floor=rounding_floor(own.magnitude()))
+        new = state_from_svd(
+            found, rank=rank, dtype=state_dtype(wire), strategy=name, floor=rounding_floor(own.magnitude())
+        )
         told = estimated_diagnostics(updates, weights, found, previous=previous, new=new, rank=rank)
         kept_as = {"b": b.to(new.u.dtype), "a": a.to(new.u.dtype)}
         return AggregationResult(state=replace(new, extra=kept_as), diagnostics=told)
@@ -244,6 +253,7 @@ def _diagnostics(
     mean = terms.frame.coordinates(terms.mean())
     norm = mean.norm()
     error = joined([mean, from_svd(found, new.rank, sign=-1.0)]).norm()
+    norms = client_norms(terms)
     held = float(torch.linalg.vector_norm(found.sigma[: new.rank]))
     return Diagnostics(
         eigenvalues=(),
@@ -253,6 +263,8 @@ def _diagnostics(
         captured_energy=(held / norm) ** 2 if norm else 1.0,
         truncation_error=error / norm if norm else 0.0,
         coverage=coverage(updates, terms.weights, rank),
-        clients=client_diagnostics(terms, updates, client_norms(terms), votes=None, basis=found.u[:, : new.rank]),
+        clients=client_diagnostics(
+            terms, updates, norms, mean_products(terms, norms), votes=None, basis=found.u[:, : new.rank]
+        ),
         angles=principal_angles(previous, new),
     )

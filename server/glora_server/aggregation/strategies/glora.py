@@ -19,6 +19,8 @@ from glora_server.aggregation.diagnostics import (
     Diagnostics,
     client_diagnostics,
     coverage,
+    mean_products,
+    norm_outside,
     principal_angles,
 )
 from glora_server.aggregation.errors import OptionError
@@ -172,7 +174,9 @@ class Glora(Strategy):
         )
         return AggregationResult(
             state=new,
-            diagnostics=_diagnostics(terms, updates, common=common, mean=mean, previous=state, new=new, rank=rank),
+            diagnostics=_diagnostics(
+                terms, updates, common=common, inside=float(found.sigma.norm()), previous=state, new=new, rank=rank
+            ),
         )
 
     @override
@@ -250,13 +254,13 @@ def _diagnostics(
     updates: Sequence[ClientUpdate],
     *,
     common: Consensus,
-    mean: Coordinates,
+    inside: float,
     previous: LayerState | None,
     new: LayerState,
     rank: int,
 ) -> Diagnostics:
-    inside = Coordinates(left=common.basis.mT @ mean.left, right=mean.right).norm()
-    outside = Coordinates(left=mean.left - common.basis @ (common.basis.mT @ mean.left), right=mean.right).norm()
+    products = mean_products(terms, common.norms)
+    outside = norm_outside(terms, products, common.basis, inside)
     norm = math.hypot(inside, outside)
     return Diagnostics(
         eigenvalues=tuple(common.spectrum[:rank].tolist()),
@@ -266,6 +270,6 @@ def _diagnostics(
         captured_energy=min(1.0, (inside / norm) ** 2) if norm else 1.0,
         truncation_error=outside / norm if norm else 0.0,
         coverage=coverage(updates, terms.weights, rank),
-        clients=client_diagnostics(terms, updates, common.norms, votes=common.votes, basis=common.basis),
+        clients=client_diagnostics(terms, updates, common.norms, products, votes=common.votes, basis=common.basis),
         angles=principal_angles(previous, new),
     )
