@@ -29,9 +29,18 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from glora_server.aggregation import ClientUpdate, LayerState, aggregate, aggregate_many, canonical_state, readout
+from glora_server.aggregation import (
+    AggregationResult,
+    ClientUpdate,
+    LayerState,
+    aggregate,
+    aggregate_many,
+    canonical_state,
+    readout,
+)
 from glora_server.aggregation.fast import probes, survey
 from glora_server.aggregation.product import times_transposed
+from glora_server.aggregation.strategies import glora as strategy
 
 RANK, SERVER_RANK = 16, 32
 LIMIT_SECONDS = 60.0
@@ -178,6 +187,28 @@ def without_report(state: LayerState | None, updates: Sequence[ClientUpdate]) ->
         glora(state, updates, "fast")
 
 
+def exact_rows(d: int, count: int, updates: Sequence[ClientUpdate], floor: float) -> list[Row]:
+    """`exact` under `replace` and under `delta`, and the share of its report."""
+    size, repeats = f"d={d} N={count} random", 3 if exact_estimate(d, count) < 1 else 1
+    state, moved = delta_round(d, d, count)
+
+    def row(method: str, work: Callable[[], AggregationResult], *, share: float | None = None) -> Row:
+        seconds = cpu_seconds(work, repeats=repeats)
+        with patch.object(strategy, "_diagnostics", lambda *_, **__: None):
+            silent = cpu_seconds(work, repeats=repeats)
+        note = f"no report {silent:.4f}: it is {1 - silent / seconds:.0%}"
+        return Row(size=size, method=method, seconds=seconds, floor=floor, objective=share, note=note)
+
+    def replace() -> AggregationResult:
+        return aggregate("glora", None, updates, rank=SERVER_RANK, rule="replace", accuracy="exact")
+
+    def delta() -> AggregationResult:
+        return aggregate("glora", state, moved, rank=SERVER_RANK, rule="delta", accuracy="exact")
+
+    share = objective(replace().state.u, updates)
+    return [row("glora exact", replace, share=share), row("glora exact, delta", delta)]
+
+
 def delta_round(d: int, n: int, count: int) -> tuple[LayerState, list[ClientUpdate]]:
     """A state of rank R, and what devices make of its readout."""
     g = torch.Generator().manual_seed(7)
@@ -256,7 +287,7 @@ def module_rows(d: int, count: int, kind: str, sgemm: float, *, quick: bool) -> 
         )  # fmt: skip
 
     if exact_estimate(d, count) * (3 if quick else 1) < LIMIT_SECONDS:
-        once("glora exact", lambda: glora(None, updates, "exact").u)
+        rows += exact_rows(d, count, updates, floor)
     else:
         skip("glora exact", f"would take more than {LIMIT_SECONDS:.0f} s")
     add("FedIT (two averages)", lambda: fedit(updates), times=5)
@@ -290,19 +321,20 @@ def sampled(d: int, n: int, samples: int) -> tuple[float, float]:
     return sum(cold) / samples, sum(warm) / samples
 
 
-def wall_seconds(d: int, n: int, samples: int, threads: int) -> float:
-    """Seconds by the clock for each of the modules that `threads` threads fold side by side, one a thread."""
+def wall_seconds(d: int, n: int, samples: int, threads: int, *, threads_a_product: int = 1) -> float:
+    """Seconds by the clock for each of the modules that `threads` threads fold side by side."""
     modules = [uploads(d, n, 64, "shared", seed=seed) for seed in range(samples * threads)]
 
     def work(updates: Sequence[ClientUpdate]) -> None:
         glora(None, updates, "fast")
 
     best = float("inf")
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(threads_a_product,)) as pool:
         for _ in range(2):
             started = time.perf_counter()
             list(pool.map(work, modules))
             best = min(best, time.perf_counter() - started)
+    torch.set_num_threads(1)
     return best / len(modules)
 
 
@@ -338,12 +370,13 @@ def gpu_rows(sgemm: float) -> list[Row]:
 
 def adapter_rows(sgemm: float, *, samples: int) -> list[Row]:
     """All 224 matrices of an 8B model's adapter at N=64, from `samples` matrices of each of its four shapes."""
-    cold = warm = clock = floor = 0.0
+    cold = warm = clock = own = floor = 0.0
     cores = len(os.sched_getaffinity(0))
     for (d, n), count in ADAPTER_8B.items():
         seconds = sampled(d, n, samples)
         cold, warm = cold + count * seconds[0], warm + count * seconds[1]
         clock += count * wall_seconds(d, n, 1, cores)
+        own += count * wall_seconds(d, n, cores, 1, threads_a_product=cores)
         floor += count * floor_seconds(d, n, 64, sgemm)
     note = f"extrapolated from {samples} of each shape; sum over cores"
     size = "8B adapter N=64 shared, 224 matrices"
@@ -353,6 +386,10 @@ def adapter_rows(sgemm: float, *, samples: int) -> list[Row]:
         Row(
             size=size, method="glora fast, cold, by the clock", seconds=clock, floor=floor,
             note=f"one module a thread on {cores} cores, extrapolated from {cores} of each shape",
+        ),
+        Row(
+            size=size, method="the same, one after the other", seconds=own, floor=floor,
+            note=f"every product on {cores} threads of the library",
         ),
     ]  # fmt: skip
 
