@@ -146,10 +146,10 @@ class Listed:
         """See `Devices`."""
         m, r = self.shape.devices, self.shape.rank
         own = left.new_empty((2, m, r, r), dtype=torch.float32)
-        for i, (b, a) in enumerate(zip(self.b, self.a, strict=True)):
+        for b, a, on_b, on_a in zip(self.b, self.a, *(gram.unbind() for gram in own), strict=True):
             wide_b, wide_a = b.float(), a.float()
-            torch.mm(wide_b.mT, wide_b, out=own[0, i])
-            torch.mm(wide_a, wide_a.mT, out=own[1, i])
+            torch.mm(wide_b.mT, wide_b, out=on_b)
+            torch.mm(wide_a, wide_a.mT, out=on_a)
         none = own.new_empty((1, m, 0, r))
         return Products(
             b=own[:1],
@@ -244,9 +244,9 @@ class ListedColumns:
         buffer = self._b[0].new_empty((1, d, min(size, m) * r), dtype=self._low)
         for start in range(0, m, size):
             part = slice(start, min(start + size, m))
-            for at, i in enumerate(range(part.start, part.stop)):
-                buffer[0, :, at * r : (at + 1) * r].copy_(self._column(i))
             block = buffer[..., : (part.stop - part.start) * r]
+            for i, place in zip(range(part.start, part.stop), block[0].split(r, dim=1), strict=True):
+                place.copy_(self._column(i))
             if self._keeps:
                 self._kept = block
             yield part, block
