@@ -134,10 +134,11 @@ def test_what_is_not_lost_is_not_invented() -> None:
     assert [client.cosine for client in seen.clients] == pytest.approx([1.0] * COUNT, abs=1e-6)
 
 
-def test_numbers_beyond_float32_do_not_overflow() -> None:
-    updates = [ClientUpdate(x.b.double() * 1e200, x.a.double() * 1e-190, x.scale, x.weight) for x in replaced()]
+@pytest.mark.parametrize(("on_b", "on_a"), [(1e200, 1e-190), (1e20, 1e5), (1e-40, 1e2)])
+def test_numbers_beyond_float32_do_not_overflow(on_b: float, on_a: float) -> None:
+    updates = [ClientUpdate(x.b.double() * on_b, x.a.double() * on_a, x.scale, x.weight) for x in replaced()]
     seen = aggregate("glora", None, updates, rank=24, rule="replace", accuracy="exact").diagnostics
     plain = aggregate("glora", None, replaced(), rank=24, rule="replace", accuracy="exact").diagnostics
-    assert seen.mean_norm == pytest.approx(1e10 * plain.mean_norm, rel=1e-4)
+    assert seen.mean_norm == pytest.approx(on_b * on_a * plain.mean_norm, rel=1e-4)
     assert seen.truncation_error == pytest.approx(plain.truncation_error, rel=1e-3)
     assert [c.cosine for c in seen.clients] == pytest.approx([c.cosine for c in plain.clients], abs=1e-4)

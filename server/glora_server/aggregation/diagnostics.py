@@ -129,7 +129,8 @@ def _products(terms: RoundTerms, combinations: Sequence[Combination], norms: Seq
         mean_norm = math.sqrt(max(0.0, float(frame.coefficients(mean) @ rough)))
         sizes = [(frame.magnitude(mean), mean_norm)]
         sizes += [(frame.magnitude(x), norm) for x, norm in zip(combinations, norms, strict=True) if norm]
-        if all(ROUGH_EPS * magnitude <= _SURE / 2 * norm for magnitude, norm in sizes):
+        sure = all(ROUGH_EPS * magnitude <= _SURE / 2 * norm for magnitude, norm in sizes)
+        if sure and bool(torch.isfinite(rough).all()):
             return rough
     return frame.inner_products(mean)
 

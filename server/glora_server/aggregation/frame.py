@@ -69,7 +69,7 @@ class Coordinates:
         right = self.right
         if right.shape[1] < min(right.shape[0], self.left.shape[0]):
             right = torch.linalg.qr(right, mode="r").R
-        parts = [torch.linalg.matrix_norm(times_transposed(rows, right)) for rows in _some_rows(self.left)]
+        parts = [torch.linalg.matrix_norm(rows @ right.mT) for rows in _some_rows(self.left)]
         return math.hypot(*(float(part) for part in parts))
 
     def norms(self) -> tuple[float, float]:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 
 def times_transposed(left: Tensor, right: Tensor) -> Tensor:
-    """left·rightᵀ (…×p×q) for matrices …×p×k and …×q×k in any layout."""
-    single = left.device.type == "cpu" and left.dtype == torch.float32 and left.shape[:-2].numel() == 1
-    if not single or 0 in left.shape:
+    """left·rightᵀ (…×p×q) for matrices …×p×k and …×q×k of one dtype, in any layout."""
+    if left.device.type != "cpu" or left.shape[:-2].numel() != 1 or 0 in left.shape:
         return left @ right.mT
-    found = _on_cpu()(left.reshape(left.shape[-2:]), right.reshape(right.shape[-2:]))
+    # Two-dimensional, for that is ten times faster in bfloat16 too.
+    multiply = _on_cpu() if left.dtype == torch.float32 else _by_torch
+    found = multiply(left.reshape(left.shape[-2:]), right.reshape(right.shape[-2:]))
     return found.view(*left.shape[:-1], right.shape[-2])
 
 

@@ -65,8 +65,8 @@ class Units:
 class Columns(Protocol):
     """The E_i of some devices."""
 
-    def blocks(self, *, reduced: bool) -> Iterator[tuple[slice, Tensor]]:
-        """All devices in order: which, and their [E_i …] (M×d×wr), float32 or the reduced precision."""
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """All devices in order: which, and their [E_i …] (M×d×wr) in the reduced precision."""
         ...
 
     def combined(self, on_units: Tensor, on_raw: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ class Devices(Protocol):
         ...
 
     def columns(self, units: Units, low: torch.dtype, *, keep: bool) -> Columns:
-        """The E_i; `low` is the reduced precision, and `keep` allows to hold all of them in it."""
+        """The E_i; `low` is the reduced precision (or float32), and `keep` allows to hold all of them in it."""
         ...
 
     def onto(self, rows: Tensor) -> Tensor:
@@ -228,12 +228,8 @@ class ListedColumns:
         self._keeps = keep
         self._kept: Tensor | None = None
 
-    def blocks(self, *, reduced: bool) -> Iterator[tuple[slice, Tensor]]:
-        """See `Columns`. A reduced block is overwritten by the next one."""
-        if not reduced:
-            for i in range(len(self._b)):
-                yield slice(i, i + 1), self._column(i).float()[None]
-            return
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """See `Columns`. A block is overwritten by the next one."""
         (d, r), m = self._b[0].shape, len(self._b)
         if self._kept is not None:
             yield slice(0, m), self._kept
@@ -245,7 +241,7 @@ class ListedColumns:
         for start in range(0, m, size):
             part = slice(start, min(start + size, m))
             block = buffer[..., : (part.stop - part.start) * r]
-            for i, place in zip(range(part.start, part.stop), block[0].split(r, dim=1), strict=True):
+            for i, place in zip(range(part.start, part.stop), torch.split(block[0], r, dim=1), strict=True):
                 place.copy_(self._column(i))
             if self._keeps:
                 self._kept = block

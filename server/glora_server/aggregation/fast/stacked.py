@@ -76,9 +76,9 @@ class StackedColumns:
         self._low = self._units.to(low)
         self._devices = slice(0, b.shape[1])
 
-    def blocks(self, *, reduced: bool) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """See `Columns`: one block."""
-        yield self._devices, self._low if reduced else self._units
+        yield self._devices, self._low
 
     def combined(self, on_units: Tensor, on_raw: Tensor) -> Tensor:
         """See `Columns`."""
