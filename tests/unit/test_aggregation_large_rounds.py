@@ -11,6 +11,8 @@ import pytest
 import torch
 from dense_reference import dense_state
 from lora_cases import randn, regauged
+from strategy_cases import model, orthogonally_regauged
+from strategy_reference import fedrot
 
 from glora_server.aggregation import AggregationResult, ClientUpdate, aggregate
 
@@ -107,3 +109,18 @@ def test_bad_gauges_do_not_spoil_the_norms() -> None:
         norms, rel=1e-2
     )
     assert all(math.isfinite(client.cosine) for client in folded("fedit", turned).diagnostics.clients)
+
+
+@pytest.mark.parametrize("kind", ["orthogonal", "special", "soft"])
+def test_fedrot_rotates_a_large_round_as_the_dense_reference_does(kind: str) -> None:
+    updates = uploads(common_a=False)
+    state = folded("fedrot", updates).state
+    turned = [
+        replace(u, b=u.b.float(), a=u.a.float())
+        for u in orthogonally_regauged(widened(updates), torch.Generator().manual_seed(5))
+    ]
+    result = aggregate("fedrot", state, turned, rank=RANK, round_index=1, rotation=kind)
+    expected = fedrot(turned, (state.extra["b"].double(), state.extra["a"].double()), on_a=True, rotation=kind)
+    torch.testing.assert_close(model(result.state).double(), expected, rtol=1e-4, atol=1e-4)
+    plain = aggregate("fedit", None, turned, rank=RANK).state
+    assert not torch.allclose(model(plain).double(), expected, atol=0.1)

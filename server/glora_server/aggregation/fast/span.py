@@ -13,7 +13,8 @@ at most :math:`\tfrac{\theta_i + \theta_R}{2} + \sqrt{\tfrac{(\theta_i - \theta_
 r_i²/(θ_i − θ_R) more than θ_i where the gap is wide, and r_i where there is none.
 
 Work: about 4·d·Σr·(R + 16) per step against d·n² and 9n³ for the Gram matrix, hence the crossover in `prefers_gram`.
-Modules (M) come first in every shape; a column that a module does not have is zero.
+Modules (M) come first in every shape; a column that a module does not have is zero. The columns of V are laid out as
+rows, so that no product has to turn one of them.
 """
 
 from collections.abc import Sequence
