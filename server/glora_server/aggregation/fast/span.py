@@ -7,9 +7,11 @@ the sum of the R largest Ritz values :math:`\theta = \mathrm{eig}(V^\top KV)`; t
 which damps what the reduced precision left outside of the devices' space and improves Σθ once more. For the same number
 of products with K the Krylov space contains what subspace iteration finds.
 
-What is left to gain is the smaller of two estimates. *From gains*: they shrink by a steady factor. *From residuals*:
-with r_i = ‖Kv_i − θ_iv_i‖, and nothing outside of the space larger than θ_R, two directions that couple with r_i hold
-at most :math:`\tfrac{\theta_i + \theta_R}{2} + \sqrt{\tfrac{(\theta_i - \theta_R)^2}{4} + r_i^2}`: about
+What is left to gain is the smaller of two estimates. *From gains*, once there are two: they shrink by a steady factor.
+Where many directions are about equally strong they can be small for a step and then grow, so they may not say less than
+two thirds of the other one. *From residuals*: with r_i = ‖Kv_i − θ_iv_i‖, and nothing outside of the space larger than
+θ_R, two directions that couple with r_i hold at most
+:math:`\tfrac{\theta_i + \theta_R}{2} + \sqrt{\tfrac{(\theta_i - \theta_R)^2}{4} + r_i^2}`: about
 r_i²/(θ_i − θ_R) more than θ_i where the gap is wide, and r_i where there is none.
 
 Work: about 4·d·Σr·(R + 16) per step against d·n² and 9n³ for the Gram matrix, hence the crossover in `prefers_gram`.
@@ -32,8 +34,10 @@ from glora_server.aggregation.subspace import Subspace
 
 _OVERSAMPLING = 16
 _REMAINING = 8e-3
-_FASTEST, _FIRST, _SLOWEST = 0.3, 0.5, 0.9
-"""Bounds of the factor by which gains are taken to shrink, and what it is before two gains are known."""
+_FASTEST, _SLOWEST = 0.3, 0.9
+"""Bounds of the factor by which gains are taken to shrink."""
+_PESSIMISM = 1.5
+"""By how much residuals may overstate what is left, at most."""
 _MOST_STEPS = 12
 _SQUARED_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-8}
 """Squared size, relative to the largest, below which a direction is dropped: 32 of them are worth 0.3 % in float64."""
@@ -136,9 +140,8 @@ class _Krylov:
             if converged(values, _lengths(rest, coupled)) or basis.shape[1] + width > start.shape[2]:
                 break
             block = orthonormal(rest, floor=self._floor * values[:, 0])
-            if self._floor < _LOW_ROUNDING:
-                # So near to rounding, what is left of the earlier blocks may be as large as what is new.
-                block = orthonormal(block - times_transposed(times_transposed(block, basis), basis.mT))
+            # Twice: what is left of the earlier blocks may be as large as what is new, and would grow in every step.
+            block = orthonormal(block - times_transposed(times_transposed(block, basis), basis.mT))
             if not bool(block.any()):
                 break
             basis = torch.cat([basis, block], dim=1)
@@ -170,10 +173,9 @@ class _Convergence:
         left = _by_residuals(leading, residuals[:, : leading.shape[1]])
         if self._found is not None:
             gain = (found - self._found).clamp(min=0)
-            ratio = torch.full_like(gain, _FIRST)
             if self._gain is not None:
                 ratio = (gain / self._gain.clamp(min=torch.finfo(gain.dtype).tiny)).clamp(_FASTEST, _SLOWEST)
-            left = torch.minimum(left, gain * ratio / (1 - ratio))
+                left = torch.minimum(left, torch.maximum(gain * ratio / (1 - ratio), left / _PESSIMISM))
             self._gain = gain
         self._found = found
         return self._steps == _MOST_STEPS or bool((left <= _REMAINING * found).all())
