@@ -334,7 +334,7 @@ def wall_seconds(d: int, n: int, samples: int, threads: int, *, threads_a_produc
             started = time.perf_counter()
             list(pool.map(work, modules))
             best = min(best, time.perf_counter() - started)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # what a thread of the pool sets is everybody's
     return best / len(modules)
 
 

@@ -78,7 +78,7 @@ def is_large(updates: list[ClientUpdate], state: LayerState | None, rule: Rule) 
     return round_terms(rule, state, updates, weights, eta=1.0).frame.large
 
 
-def calls_of_float64(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Filled with `rough` of every product with a mean that is made."""
     made: list[bool] = []
     plain = JointFrame.inner_products
@@ -95,7 +95,7 @@ def calls_of_float64(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def test_replace(common: float, monkeypatch: pytest.MonkeyPatch) -> None:
     updates = replaced(common=common)
     assert is_large(updates, None, Rule.REPLACE)
-    made = calls_of_float64(monkeypatch)
+    made = attempts(monkeypatch)
     result = aggregate("glora", None, updates, rank=24, rule="replace", accuracy="exact")
     assert made == [True], "float32 was enough"
     check(result, None, updates, digits=2e-5)
@@ -106,7 +106,7 @@ def test_delta(by: float, made: list[bool], monkeypatch: pytest.MonkeyPatch) -> 
     """Small changes are differences of large terms, for which float32 is not enough."""
     state, updates = moved(by)
     assert is_large(updates, state, Rule.DELTA)
-    seen = calls_of_float64(monkeypatch)
+    seen = attempts(monkeypatch)
     result = aggregate("glora", state, updates, rank=24, rule="delta", eta=1.0, accuracy="exact")
     assert seen == made
     check(result, state, updates, digits=1e-4)
@@ -119,7 +119,7 @@ def test_bad_gauges_go_back_to_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     updates = [
         ClientUpdate(x.b.double() @ turn, torch.linalg.solve(turn, x.a.double()), x.scale, x.weight) for x in replaced()
     ]
-    made = calls_of_float64(monkeypatch)
+    made = attempts(monkeypatch)
     result = aggregate("glora", None, updates, rank=24, rule="replace", accuracy="exact")
     assert made == [True, False]
     check(result, None, updates, digits=1e-6)

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.factors import COMPUTE_DTYPE, ClientUpdate, singular_values
-from glora_server.aggregation.frame import ROUGH_EPS, Combination
+from glora_server.aggregation.frame import Combination
 from glora_server.aggregation.rules import ClientNorms, RoundTerms, weighted_sum
 from glora_server.aggregation.state import LayerState
 
+_ROUNDING = 2.0**-24
+"""That of float32."""
 _SURE = 1e-3
 """What float32 may cost a number before it is computed in float64."""
 
@@ -104,11 +106,12 @@ def _sines(rest: Tensor) -> Tensor:
 
 def client_norms(terms: RoundTerms) -> tuple[ClientNorms, ...]:
     """‖ΔW_i‖ and ‖D_i‖ of every client, for strategies that have no other use for them."""
-    frame = terms.frame
-    return tuple(
-        terms.norms(i, step=frame.coordinates(change[:1]).norm(), change=frame.coordinates(change).norm())
-        for i, change in enumerate(terms.changes)
-    )
+    frame, norms = terms.frame, []
+    for client, change in enumerate(terms.changes):
+        norm = frame.coordinates(change).norm()
+        step = norm if len(change) == 1 else frame.coordinates(change[:1]).norm()
+        norms.append(terms.norms(client, step=step, change=norm))
+    return tuple(norms)
 
 
 def mean_products(terms: RoundTerms, norms: Sequence[ClientNorms]) -> MeanProducts:
@@ -129,7 +132,7 @@ def _products(terms: RoundTerms, combinations: Sequence[Combination], norms: Seq
         mean_norm = math.sqrt(max(0.0, float(frame.coefficients(mean) @ rough)))
         sizes = [(frame.magnitude(mean), mean_norm)]
         sizes += [(frame.magnitude(x), norm) for x, norm in zip(combinations, norms, strict=True) if norm]
-        sure = all(ROUGH_EPS * magnitude <= _SURE / 2 * norm for magnitude, norm in sizes)
+        sure = all(_ROUNDING * magnitude <= _SURE / 2 * norm for magnitude, norm in sizes)
         if sure and bool(torch.isfinite(rough).all()):
             return rough
     return frame.inner_products(mean)
@@ -144,7 +147,7 @@ def norm_outside(terms: RoundTerms, products: MeanProducts, basis: Tensor, insid
     if frame.large:
         held, changed = frame.coefficients(terms.base), frame.coefficients(weighted_sum(terms.changes, terms.weights))
         square = frame.coordinates(terms.base).norm() ** 2 + float((2 * held + changed) @ products.changes)
-        rounding = 4 * ROUGH_EPS * frame.magnitude(terms.mean()) * inside
+        rounding = 4 * _ROUNDING * frame.magnitude(terms.mean()) * inside
         if rounding <= _SURE * (square - inside**2):
             return math.sqrt(square - inside**2)
     return frame.norm_outside(terms.mean(), basis)

@@ -29,8 +29,6 @@ from glora_server.aggregation.product import times_transposed
 _ROWS_AT_A_TIME = 512
 _LARGE = 1 << 26
 """Multiplications from which a product for diagnostics is tried in float32."""
-ROUGH_EPS = 2.0**-24
-"""Rounding of float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +140,10 @@ class JointFrame:
 
     @cached_property
     def _rough(self) -> Coordinates:
-        """All columns in float32, those of the right of norm 1: the gauge takes no part in their rounding."""
+        """All columns in float32, those of the right of norm 1: the gauge takes no part in their rounding.
+
+        Half the memory of the float64 columns once more.
+        """
         left, right = self._left.columns, self._right.columns
         norms = torch.linalg.vector_norm(right, dim=0)
         norms = torch.where(norms > 0, norms, 1.0)

@@ -1,6 +1,6 @@
-"""Products of float32 matrices of which one is narrow, by the quicker of the two libraries that torch brings.
+"""left·rightᵀ on a CPU, by the quicker of the two libraries that torch brings.
 
-`torch.mm` asks MKL, whose float32 kernels use AVX-512 on processors of one maker only and slow down with narrow
+In float32 `torch.mm` asks MKL, whose kernels use AVX-512 on processors of one maker only and slow down with narrow
 matrices; oneDNN's do neither (decision 13, with the numbers). torch reaches oneDNN in float32 by an operator of its
 compiler that has no public name, so all of that is here, and `torch.mm` does the same wherever it is missing.
 """

@@ -56,7 +56,7 @@ class RoundTerms:
     changes: tuple[Combination, ...]
     anchor: Combination = ()
 
-    def norms(self, client: int, *, step: float, change: float) -> "ClientNorms":
+    def norms(self, client: int, *, step: float, change: float) -> ClientNorms:
         """From `step` = ‖ηΔW_i‖ and `change` = ‖D_i‖, which counts as 0 where terms cancel to nothing but rounding.
 
         So it is for an adapter that came back untouched.

@@ -90,7 +90,7 @@ def reveal(terms: RoundTerms, rank_tol: float) -> tuple[tuple[CompactSvd, Client
         changed, terms_norm, own_norm = top, top, norm
         if terms.base or len(change) > 1:
             changed, norm = frame.coordinates(change).norms()
-            own, own_norm = frame.coordinates(change[:1]).norms()
+            own, own_norm = (changed, norm) if len(change) == 1 else frame.coordinates(change[:1]).norms()
             terms_norm = max(top, changed, base_norm, own)
         floor = max(min(rank_tol * terms_norm, changed), rounding_floor(frame.magnitude(said)))
         keep = numerical_rank(found.sigma, tolerance=0.0, floor=floor)

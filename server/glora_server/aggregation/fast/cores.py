@@ -224,7 +224,7 @@ def _as_lists(places: tuple[Tensor, Tensor]) -> tuple[list[int], list[int]]:
 def _against(batch: Batch) -> tuple[Tensor, Tensor]:
     """[U_T B_0] and [V_T A_0ᵀ Ω], float64: what every device is compared with."""
     tail = batch.tail
-    omega = probes(batch.devices.shape.n, tail.v.device).double().expand(tail.v.shape[0], -1, -1)
+    omega = probes(batch.devices.shape, tail.v.device).double()
     left = torch.cat([tail.u, tail.sent_b.double()], dim=2)
     return left, torch.cat([tail.v, tail.sent_a.double().mT, omega], dim=2)
 

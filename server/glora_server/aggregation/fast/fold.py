@@ -37,7 +37,8 @@ def fast_round(
     """The next state of one module and its diagnostics; None where the exact computation is to be used instead.
 
     That is where `can_do` says so, and for modules so small beside R that the exact computation is no slower. Beyond
-    the inputs about (3R + 64)·d numbers and at most 9 MB of reduced copies are held.
+    the inputs this holds at most 10 MiB of reduced copies, one block of factors side by side (2 MiB, or 128 columns
+    where those are more), about (3R + 64)·d numbers, and (R + 16)·(d + Σr) for each step of the iteration.
     """
     if not can_do(rule, updates):
         return None

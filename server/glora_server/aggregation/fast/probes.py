@@ -5,6 +5,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from glora_server.aggregation.fast.devices import Shape
+
 PROBES = 16
 
 
@@ -17,6 +19,6 @@ def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
     return torch.randn((rows, columns), generator=torch.Generator().manual_seed(seed))
 
 
-def probes(n: int, device: torch.device) -> Tensor:
-    """Ω (n×k), k = 16, float32: the columns on which the uploads are looked at; not to be written to."""
-    return gaussian(n, PROBES, seed=1).to(device)
+def probes(sizes: Shape, device: torch.device) -> Tensor:
+    """Ω (n×k), k = 16, float32, for each module: the columns on which uploads are looked at; not to be written to."""
+    return gaussian(sizes.n, PROBES, seed=1).to(device).expand(sizes.modules, -1, -1)

@@ -145,8 +145,9 @@ class _Krylov:
             if not bool(block.any()):
                 break
             basis = torch.cat([basis, block], dim=1)
-        turn = vectors[..., : self._rank].float().mT
-        coefficients = times_transposed(turn, torch.cat(answers, dim=1).mT)
+        coefficients = start.new_zeros(())
+        for answer, turn in zip(answers, vectors[..., : self._rank].float().split(width, dim=1), strict=True):
+            coefficients = coefficients + times_transposed(turn.mT, answer.mT)
         return coefficients, values[:, : self._rank + 1]
 
 

@@ -52,7 +52,7 @@ class Folded:
 
 def images(groups: Sequence[Group], rule: VoteRule, raw: Tensor) -> Images:
     """The probed means; `raw` = Σp_if_iB_iA_iΩ."""
-    wide = _omega(groups[0])
+    wide = probes(groups[0].devices.shape, raw.device)
     tails, sents, sent = torch.zeros_like(raw), torch.zeros_like(raw), []
     for group, tail in zip(groups, shared_tails(groups), strict=True):
         tails += tail.times(wide)
@@ -185,7 +185,7 @@ def _cosines(group: Group, survey: Survey, position: int) -> tuple[Tensor, Tenso
     of_sent = (sent * changes).sum(dim=(-2, -1))[:, None]
     to_changes = gain * (seen * probed[..., -k:]).sum(dim=(-2, -1)) - of_sent
     # ⟨B_iA_iΩ, η·B0A0Ω⟩ from B_iᵀB0.
-    sent_seen = (group.tail.sent_a.double() @ _omega(group).double())[:, None]
+    sent_seen = (group.tail.sent_a.double() @ probes(group.devices.shape, sent.device).double())[:, None]
     with_sent = (seen * (group.gram_sent.mT @ sent_seen)).sum(dim=(-2, -1)) * group.tail.sent_gain[:, None]
     squares = sent.square().sum(dim=(-2, -1))[:, None]
     changed = (own * gain.square() + squares - 2 * gain * with_sent).clamp(min=0)
@@ -194,12 +194,6 @@ def _cosines(group: Group, survey: Survey, position: int) -> tuple[Tensor, Tenso
         _quotient(to_updates, own.sqrt() * updates_norm),
         _quotient(to_changes, changed.sqrt() * torch.linalg.matrix_norm(changes)[:, None]),
     )
-
-
-def _omega(group: Group) -> Tensor:
-    """Ω for each module (M×n×k)."""
-    sizes = group.devices.shape
-    return probes(sizes.n, group.tail.u.device).expand(sizes.modules, -1, -1)
 
 
 def _quotient(inner: Tensor, norms: Tensor) -> Tensor:
