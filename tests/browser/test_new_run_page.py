@@ -8,8 +8,8 @@ from pathlib import Path
 from federation import Federation
 from hand_fleet import fleet_manifest
 from live_site import RUN, run_text
-from playwright.sync_api import Page, expect
-from visitor import Visitor
+from playwright.sync_api import Page, WebSocketRoute, expect
+from visitor import Visitor, until_live
 
 from glora_server.coordinator.people import Role
 from glora_server.coordinator.run_spec import parse_run_toml
@@ -60,6 +60,28 @@ def test_every_wrong_value_is_told_at_its_field(site: Federation, visit: Visitor
     expect(page.get_by_text(re.compile(r"must be a whole number"))).to_be_visible()
     expect(page.get_by_text("is missing.")).to_be_visible()
     expect(page.get_by_role("alert").filter(has_text="marked with what is wrong")).to_be_visible()
+
+
+def test_what_is_typed_while_the_page_connects_is_not_undone(site: Federation, visit: Visitor) -> None:
+    """The server creates what the fields show: nothing typed early is put back, or arrives in another order."""
+    page = visit(site)
+    sockets: list[WebSocketRoute] = []
+
+    def hold(socket: WebSocketRoute) -> None:
+        sockets.append(socket)
+
+    page.route_web_socket(re.compile("socket.io"), hold)
+    page.goto(f"{site.url}{PATH}?like={RUN}")
+    name = page.get_by_label("Name", exact=True)
+    name.press("End")
+    page.keyboard.type("-unheard", delay=7)
+    assert name.input_value() == RUN, "it took what the server may receive in another order"
+    sockets[0].connect_to_server()
+    until_live(page)
+    page.keyboard.type("-the-second-of-its-kind", delay=20)
+    expect(name).to_have_value(f"{RUN}-the-second-of-its-kind")
+    page.get_by_role("button", name="Preview").click()
+    expect(page.get_by_role("dialog")).to_contain_text(f"Preview of {RUN}-the-second-of-its-kind")
 
 
 def test_what_only_the_server_knows_is_told_too(site: Federation, visit: Visitor) -> None:

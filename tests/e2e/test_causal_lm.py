@@ -28,7 +28,7 @@ def test_instructions_are_learned_in_two_rounds(tmp_path: Path) -> None:
         labelled=False,
         model_lines='task = "causal_lm"\ntarget_modules = ["q_proj", "v_proj", "down_proj"]',
         lora="max_rank = 8",
-        training="steps = 25\nbatch_size = 4\nmax_length = 48\nlearning_rate = 2e-2",
+        training="steps = 20\nbatch_size = 4\nmax_length = 48\nlearning_rate = 1e-2",
         policy="rounds = 2\ntarget_devices = 2\nquorum = 2\ndeadline_seconds = 1200.0",
         evaluation="ranks = [8]\nafter = false",
     )

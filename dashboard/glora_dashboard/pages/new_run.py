@@ -29,6 +29,7 @@ from glora_server.coordinator.run_sections import (
     LoraSpec,
     ModelSpec,
     RetentionSpec,
+    StrategySpec,
     TrainingSpec,
     WireSpec,
 )
@@ -49,29 +50,32 @@ async def new_run_page(site: Site, like: str = "") -> None:
     strategies = await site.queries.strategies()
     model = await site.queries.run(like) if like else None
     with frame("New run", crumbs=(("Overview", "/"),)):
-        form = _Form(site, runs, strategies)
-        if model is not None:
-            form.fill(model.spec)
-            form.manifest.take(model.run.manifest)
+        _Form(site, runs, strategies, model)
 
 
 class _Form:
-    """The whole page."""
+    """The whole page; it begins with the settings and the manifest of the run `like`.
 
-    def __init__(self, site: Site, runs: Sequence[RunView], strategies: Sequence[StrategyInfo]) -> None:
+    Fields get what they begin with when they are made: a value that is set later reaches the browser as a message
+    after it has connected, and would undo what somebody has typed by then.
+    """
+
+    def __init__(
+        self, site: Site, runs: Sequence[RunView], strategies: Sequence[StrategyInfo], like: RunView | None
+    ) -> None:
         self._site = site
-        self._fields = Fields()
+        self._fields = Fields(begin_with={} if like is None else like.spec.model_dump(mode="json"))
         self._from_file()
         with card("Run"), ui.element("div").classes("form three"):
             self._fields.section("", RunSpec, only=("name", "seed"))
         with card("Base model"):
             with ui.element("div").classes("form three"):
                 self._fields.section("model", ModelSpec, without=("label_file",))
-            self.manifest = ManifestField(runs, self._adopt)
+            self._manifest = ManifestField(runs, self._adopt)
         with card("Adapter and strategy"):
             with ui.element("div").classes("form three"):
                 self._fields.section("lora", LoraSpec)
-            self._strategy = StrategyFields(strategies)
+            self._strategy = StrategyFields(strategies, StrategySpec() if like is None else like.spec.strategy)
         self._parts("Training on devices", "training", TrainingSpec, _COMMON_TRAINING)
         self._parts("Rounds", "policy", PolicyTable, _COMMON_POLICY)
         with card("More"), ui.element("details"):
@@ -88,6 +92,9 @@ class _Form:
             button("Create and start", lambda: self._create(start=True), kind="primary")
         for place in ("model.path", "model.task", "model.target_modules", "model.labels"):
             self._fields.by_place[place].element.on("blur", self._show_command)
+        if like is not None:
+            self._manifest.take(like.run.manifest)
+            self._show_command()
 
     def _parts(self, title: str, name: str, section: type[TrainingSpec | PolicyTable], common: Sequence[str]) -> None:
         """A section with the keys that most people want, and the others folded away."""
@@ -124,7 +131,7 @@ class _Form:
     def fill(self, spec: RunSpec) -> None:
         """Show a description."""
         self._fields.fill(spec.model_dump(mode="json"))
-        self._strategy.fill(spec.strategy.name, spec.strategy.options)
+        self._strategy.fill(spec.strategy)
         self._show_command()
 
     def _adopt(self, manifest: Manifest) -> None:
@@ -140,7 +147,7 @@ class _Form:
     def _show_command(self) -> None:
         said = self._fields.document().get("model")
         model = said if isinstance(said, dict) else {}
-        self.manifest.show_command(
+        self._manifest.show_command(
             str(model.get("path", "MODEL")),
             str(model.get("task", "sequence_classification")),
             model.get("target_modules", ()),
@@ -184,7 +191,7 @@ class _Form:
 
     async def _create(self, *, start: bool) -> None:
         try:
-            spec, manifest = self._spec(), self.manifest.required()
+            spec, manifest = self._spec(), self._manifest.required()
         except GloraError as error:
             self._tell(error)
             return

@@ -63,15 +63,18 @@ class Fields:
     """All fields of a form by their place."""
 
     by_place: dict[str, FormField] = field(default_factory=dict)
+    begin_with: Mapping[str, object] = field(default_factory=dict)
+    """The JSON of a description that the fields begin with; what it does not say begins with its default."""
 
     def section(
         self, name: str, model: type[BaseModel], *, without: Sequence[str] = (), only: Sequence[str] = ()
     ) -> None:
         """Add fields for the keys of a section, in their order."""
+        begin = _table(self.begin_with, name)
         for key, info in model.model_fields.items():
             if key not in without and (not only or key in only):
                 place = f"{name}.{key}" if name else key
-                self.by_place[place] = make_field(place, key, info)
+                self.by_place[place] = make_field(place, key, info, begin.get(key, _default(info)))
 
     def document(self) -> dict[str, object]:
         """What the form says, as the JSON of a description."""
@@ -91,8 +94,8 @@ class Fields:
         """Show a description."""
         for place, own in self.by_place.items():
             section, _, key = place.rpartition(".")
-            table = document.get(section, {}) if section else document
-            if isinstance(table, Mapping) and key in table:
+            table = _table(document, section)
+            if key in table:
                 own.fill(table[key])
 
     def tell(self, error: GloraError | None) -> str:
@@ -141,15 +144,24 @@ def choices_of(info: FieldInfo) -> tuple[str, ...]:
     return tuple(map(str, get_args(annotation)))
 
 
-def make_field(place: str, key: str, info: FieldInfo) -> FormField:
-    """The field of a key, with its default."""
+def make_field(place: str, key: str, info: FieldInfo, value: object) -> FormField:
+    """The field of a key, showing a value of a description."""
     kind = kind_of(info)
-    default = None if info.is_required() else info.get_default(call_default_factory=True)
-    element = _element(kind, label_of(key), info, shown_value(kind, default))
+    element = _element(kind, label_of(key), info, shown_value(kind, value))
     if kind is not Kind.SWITCH:
         element.props("outlined").classes("wide")
         element.props["hint"] = _hint(kind, info.description or "")
     return FormField(place=place, kind=kind, element=element)
+
+
+def _table(document: Mapping[str, object], section: str) -> Mapping[str, object]:
+    """A section of a description's JSON; "" is the part above all sections."""
+    table = document.get(section) if section else document
+    return table if isinstance(table, Mapping) else {}
+
+
+def _default(info: FieldInfo) -> object:
+    return None if info.is_required() else info.get_default(call_default_factory=True)
 
 
 def label_of(key: str) -> str:

@@ -14,6 +14,7 @@ from nicegui.elements.mixins.value_element import ValueElement
 from glora_dashboard.pages.new_run_fields import label_of
 from glora_dashboard.pages.parts import Block
 from glora_server.coordinator.ports import OptionInfo, StrategyInfo
+from glora_server.coordinator.run_sections import StrategySpec
 
 _NAMED: Final = re.compile(r"[Oo]ption '(?P<name>\w+)'")
 _OWN: Final = ""
@@ -23,16 +24,16 @@ _OWN: Final = ""
 class StrategyFields:
     """Which strategy, and its options."""
 
-    def __init__(self, infos: Sequence[StrategyInfo]) -> None:
+    def __init__(self, infos: Sequence[StrategyInfo], begin_with: StrategySpec) -> None:
         self._infos = {info.name: info for info in infos if not info.not_served}
-        first = "glora" if "glora" in self._infos else next(iter(self._infos), "")
+        first = begin_with.name if begin_with.name in self._infos else next(iter(self._infos), "")
         with ui.element("div").classes("form three"):
             self._name = ui.select(list(self._infos), value=first, label="Strategy").props("outlined").classes("wide")
         self._says = Block(Markup(""))
         self._place = ui.element("div").classes("form three")
         self._fields: dict[str, ValueElement[Any]] = {}
         self._name.on_value_change(lambda: self._show({}))
-        self._show({})
+        self._show(begin_with.options if first == begin_with.name else {})
 
     def document(self) -> dict[str, object]:
         """The section, as the JSON of a description: options that are as the strategy has them are left out."""
@@ -44,11 +45,11 @@ class StrategyFields:
                 chosen[option.name] = value
         return {"name": str(self._name.value or ""), "options": chosen}
 
-    def fill(self, name: str, options: Mapping[str, object]) -> None:
+    def fill(self, chosen: StrategySpec) -> None:
         """Show a choice; a strategy that no run can have is left as it was."""
-        if name in self._infos:
-            self._name.value = name
-            self._show(options)
+        if chosen.name in self._infos:
+            self._name.value = chosen.name
+            self._show(chosen.options)
 
     def tell(self, sentences: Sequence[str]) -> None:
         """Mark the options that the sentences name."""

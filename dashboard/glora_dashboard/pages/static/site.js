@@ -169,6 +169,13 @@
     });
   }
 
+  // NiceGUI sends what is typed before it has connected by a timer for each key, which can change their order: the
+  // server would have another text than the field shows.
+  const notBeforeConnected = (event) => {
+    if (globalThis.did_handshake === false) event.preventDefault();
+  };
+  document.addEventListener("beforeinput", notBeforeConnected, { capture: true });
+
   // The server cuts the socket of those whose session has ended: the login page says so at once.
   async function askToSignIn() {
     try {
