@@ -30,13 +30,12 @@ def standing(run: RunAnswer) -> str:
     """Where a run stands, in one line."""
     if run.phase in ENDED or run.round is None:
         return run.message or run.waiting or f"{run.rounds_done} of {run.rounds} rounds"
-    return f"{round_line(run.round, run.rounds)}{f'; {run.waiting}' if run.waiting else ''}"
+    return f"{_place(run.round, run.rounds)}: {run.waiting}" if run.waiting else round_line(run.round, run.rounds)
 
 
 def round_line(round_: RoundAnswer, rounds: int) -> str:
     """Where a round stands, in one line."""
-    attempt = f", attempt {round_.attempt}" if round_.attempt > 1 else ""
-    parts = [f"round {round_.number} of {rounds}{attempt}: {round_.phase}"]
+    parts = [f"{_place(round_, rounds)}: {round_.phase}"]
     if round_.devices:
         parts.append(f"{round_.accepted} of {round_.target or round_.devices} updates")
     if round_.phase in {"collecting", "grace"} and round_.deadline_at is not None:
@@ -44,6 +43,11 @@ def round_line(round_: RoundAnswer, rounds: int) -> str:
     if round_.message:
         parts.append(round_.message)
     return ", ".join(parts)
+
+
+def _place(round_: RoundAnswer, rounds: int) -> str:
+    attempt = f", attempt {round_.attempt}" if round_.attempt > 1 else ""
+    return f"round {round_.number} of {rounds}{attempt}"
 
 
 def device_line(assignment: AssignmentAnswer) -> str:

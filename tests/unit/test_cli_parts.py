@@ -17,9 +17,10 @@ from glora_cli.manifest import build_manifest, read_manifest
 from glora_cli.output import size, span
 from glora_cli.rest import Api
 from glora_cli.run_commands import with_labels
+from glora_cli.run_view import standing
 from glora_cli.values import assignments, seconds
 from glora_cli.watch import watch_run
-from glora_dashboard.run_models import RunAnswer
+from glora_dashboard.run_models import RoundAnswer, RunAnswer
 from glora_server.coordinator.run_spec import RunSpec
 from glora_wire.errors import GloraError, Reason
 
@@ -145,6 +146,33 @@ def run_answer(phase: str) -> RunAnswer:
         row_version=0,
         revision=0,
     )
+
+
+def test_a_line_of_the_list_says_everything_once() -> None:
+    round_ = RoundAnswer(
+        id="x",
+        number=2,
+        attempt=3,
+        phase="aggregating",
+        created_at=0,
+        opened_at=0,
+        deadline_at=60,
+        closed_at=None,
+        target=4,
+        quorum=3,
+        accepted=4,
+        reason=None,
+        message="",
+        seconds=1,
+        devices=4,
+        assignments=[],
+    )
+    run = run_answer("active").model_copy(update={"rounds": 5, "round": round_})
+    assert standing(run) == "round 2 of 5, attempt 3: aggregating, 4 of 4 updates"
+    waits = run.model_copy(update={"waiting": "3 of 4 updates are in (at least 3 needed); deadline in 2 min."})
+    assert standing(waits) == "round 2 of 5, attempt 3: 3 of 4 updates are in (at least 3 needed); deadline in 2 min."
+    ended = run.model_copy(update={"phase": "failed", "message": "Too few devices."})
+    assert standing(ended) == "Too few devices."
 
 
 @pytest.mark.parametrize(
