@@ -85,8 +85,7 @@ class JobRun:
                     return
                 if event is not None:
                     self._take(event)
-                if not self._sent:
-                    self._listen()
+                self._listen()
         except Stopped:
             self._process.cancel(self._job.number)
             raise
@@ -101,12 +100,14 @@ class JobRun:
         self._view.line(f"{self._task.title}: the evaluation after training failed: {event.message}")
 
     def _listen(self) -> None:
-        """Hear from the server whether the work is still wanted, and until when."""
+        """Show that the device is there; hear whether the work is still wanted and, before it is sent, until when."""
         reporter = self._task.reporter
         reporter.keep_alive()
         if reporter.cancelled and not self._cancelling:
             self._cancelling = True
             self._process.cancel(self._job.number)
+        if self._sent:
+            return
         deadline = reporter.deadline
         if not math.isclose(deadline, self._deadline, abs_tol=_MOVED_SECONDS):
             self._deadline = deadline
@@ -118,8 +119,7 @@ class JobRun:
             case Progressed(phase=phase, done=done, total=total, loss=loss):
                 note = f"loss {loss:.3f}" if loss and math.isfinite(loss) else ""
                 self._view.progress(phase.value, done, total, note)
-                if not self._sent:
-                    self._task.reporter.progress(_PHASES[phase], done, total, loss)
+                self._task.reporter.progress(_PHASES[phase], done, total, loss)
             case Evaluated():
                 self._evaluated(event)
             case Trained():

@@ -512,6 +512,14 @@ def test_a_round_with_cuts_everywhere_ends_with_the_right_bytes(world: World) ->
     state.close()
 
 
+def test_a_device_that_measures_what_it_sent_shows_that_it_is_there(world: World) -> None:
+    world.run()
+    coordinator = world.coordinator
+    assert "ReportProgress" in coordinator.calls[coordinator.calls.index("PushUpdate") :]
+    assert coordinator.reports[-1].progress.phase == pb.DEVICE_PHASE_EVALUATING
+    assert not any("not wanted" in line for line in world.view.lines)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_restarted_agent_sends_what_it_trained_and_does_not_train_again(world: World, seed: int) -> None:
     _, data = world.stored_update()

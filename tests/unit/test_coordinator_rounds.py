@@ -313,6 +313,21 @@ async def test_the_deadline_ends_a_round_without_those_who_are_late(world: World
     assert said.cancelled
 
 
+async def test_a_device_that_measures_what_it_sent_is_there_all_the_while(world: World) -> None:
+    phone = await world.phone("a")
+    run = await world.start_run(quorum=1, rounds=1)
+    offer = await phone.offer()
+    assert (await phone.push(offer, phone.train(offer))).state == "accepted"
+    await world.until(run.id, lambda uow: uow.runs.get(run.id).phase is RunPhase.COMPLETED)
+    for _ in range(3):
+        world.clock.now += 50.0
+        answer = await world.now.devices.progress(
+            await phone.me(), offer.assignment.id, phase="evaluating", done=1, total=2, loss=0.0
+        )
+        assert not answer.cancelled
+        assert (await world.now.queries.device("a")).online
+
+
 async def test_the_last_device_is_waited_for_as_long_as_the_policy_says(world: World) -> None:
     """Two of three wanted devices would do: the round waits for the third, but only as long as gather_seconds."""
     first, second = await world.phone("a"), await world.phone("b")

@@ -134,7 +134,8 @@ class CoordinatorServiceServicer(object):
     def ReportProgress(self, request, context):
         """Tells where the device stands: accepted, step progress, declined, failed.
 
-        Answers at once. The answer says whether the work is still wanted.
+        Answers at once. The answer says whether the work is still wanted. A device that still measures after its update
+        was accepted goes on reporting: otherwise it would seem to be gone.
         Errors: NOT_FOUND ASSIGNMENT_UNKNOWN.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -242,7 +242,8 @@ class CoordinatorServiceStub(typing.Generic[_CoordinatorServiceWaitForWorkType, 
     ReportProgress: _CoordinatorServiceReportProgressType
     """Tells where the device stands: accepted, step progress, declined, failed.
 
-    Answers at once. The answer says whether the work is still wanted.
+    Answers at once. The answer says whether the work is still wanted. A device that still measures after its update
+    was accepted goes on reporting: otherwise it would seem to be gone.
     Errors: NOT_FOUND ASSIGNMENT_UNKNOWN.
     """
 
@@ -358,7 +359,8 @@ class CoordinatorServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[glora.v1.coordinator_pb2.ReportProgressResponse, collections.abc.Awaitable[glora.v1.coordinator_pb2.ReportProgressResponse]]:
         """Tells where the device stands: accepted, step progress, declined, failed.
 
-        Answers at once. The answer says whether the work is still wanted.
+        Answers at once. The answer says whether the work is still wanted. A device that still measures after its update
+        was accepted goes on reporting: otherwise it would seem to be gone.
         Errors: NOT_FOUND ASSIGNMENT_UNKNOWN.
         """
 

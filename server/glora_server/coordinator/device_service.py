@@ -38,6 +38,7 @@ from glora_server.rounds.assignment import (
     Assignment,
     AssignmentEvent,
     AssignmentKind,
+    AssignmentPhase,
     Complete,
     Decline,
     Deliver,
@@ -304,7 +305,8 @@ class DeviceService:
         return moved
 
     async def _answer(self, assignment: Assignment) -> ProgressAnswer:
-        if assignment.is_open:
+        # Whose update was accepted may still measure what it trained.
+        if assignment.is_open or assignment.phase is AssignmentPhase.ACCEPTED_UPDATE:
             return ProgressAnswer(cancelled=False, deadline_at=await self._deadline(assignment))
         return ProgressAnswer(
             cancelled=True,
