@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 import typer
 
 from glora_cli.connection import connected
 from glora_cli.group import group
-from glora_cli.output import JsonFlag, moment, share, show_json, show_json_list, show_pairs, show_table, size
+from glora_cli.output import (
+    JsonFlag,
+    YesFlag,
+    make_sure,
+    moment,
+    share,
+    show_json,
+    show_json_list,
+    show_pairs,
+    show_table,
+    size,
+)
 from glora_cli.rest import Api, at
 from glora_cli.token_commands import app as token_app
 from glora_dashboard.models import AssignmentAnswer, DeviceAnswer, DeviceRecordAnswer
@@ -86,12 +96,11 @@ def revoke_device(
     api: Api,
     name: _NAME,
     *,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Refuse a device for good: its certificate counts no more, at once."""
-    if not yes and sys.stdin.isatty():
-        typer.confirm(f"Revoke {name}? It cannot be undone.", abort=True)
+    make_sure(f"Revoke {name}? It cannot be undone.", yes=yes)
     _report(api.post(DeviceRecordAnswer, at("devices", name, "revoke")), as_json=as_json)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -13,7 +14,10 @@ from pydantic import BaseModel
 from rich.console import Console
 from rich.table import Table
 
+from glora_wire.errors import GloraError, Reason
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+YesFlag = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask whether you are sure.")]
 _PIPE_WIDTH: Final = 1000
 """Nothing is cut where nobody looks at a screen."""
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -22,6 +26,18 @@ _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 def console() -> Console:
     """A console on today's stdout."""
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False)
+
+
+def make_sure(question: str, *, yes: bool) -> None:
+    """Return when it is meant: what cannot be undone asks first, also where nobody can answer.
+
+    Raises REQUEST_INVALID otherwise.
+    """
+    sure = yes
+    with contextlib.suppress(typer.Abort):
+        sure = sure or typer.confirm(question, err=True)
+    if not sure:
+        raise GloraError(Reason.REQUEST_INVALID, "Nothing was done; --yes does it without asking.")
 
 
 def show_json(answer: BaseModel) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 from glora_cli.connection import connected
 from glora_cli.group import group
 from glora_cli.manifest import build_manifest, read_manifest
-from glora_cli.output import JsonFlag, moment, show_json, show_json_list, show_table
+from glora_cli.output import JsonFlag, YesFlag, make_sure, moment, show_json, show_json_list, show_table
 from glora_cli.rest import Api, at
 from glora_cli.run_view import print_run, standing
 from glora_cli.values import assignments, seconds
@@ -112,12 +111,11 @@ def abort_run(
     name: _NAME,
     *,
     reason: Annotated[str, typer.Option(help="Why; devices and the audit are told.")] = "",
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: YesFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """End a run and its open round for good; its versions stay and can be exported."""
-    if not yes and sys.stdin.isatty():
-        typer.confirm(f"Abort {name}? It cannot be undone.", abort=True)
+    make_sure(f"Abort {name}? It cannot be undone.", yes=yes)
     _report(api.post(RunAnswer, at("runs", name, "abort"), {"reason": reason}), as_json=as_json)
 
 

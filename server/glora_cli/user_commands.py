@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Annotated
 
 import typer
@@ -10,11 +9,10 @@ import typer
 from glora_cli.connection import connected
 from glora_cli.group import group
 from glora_cli.login_command import PasswordStdin, read_password
-from glora_cli.output import JsonFlag, moment, show_json, show_json_list, show_table
+from glora_cli.output import JsonFlag, YesFlag, make_sure, moment, show_json, show_json_list, show_table
 from glora_cli.rest import Api, at
 from glora_dashboard.access_models import UserAnswer
 from glora_server.coordinator.people import Role
-from glora_wire.errors import GloraError, Reason
 
 app = group(
     "Say who may come in: viewers look, operators run the federation, admins care for users.",
@@ -24,7 +22,6 @@ app = group(
     "glora user list",
 )
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the user.")]
-_Yes = Annotated[bool, typer.Option("--yes", help="Do not ask whether you are sure.")]
 
 
 def create_user(
@@ -73,13 +70,9 @@ def enable_user(api: Api, name: _Name, *, as_json: JsonFlag = False) -> None:
     _tell(api.post(UserAnswer, at("users", name, "enable")), as_json=as_json)
 
 
-def remove_user(api: Api, name: _Name, *, yes: _Yes = False, as_json: JsonFlag = False) -> None:
+def remove_user(api: Api, name: _Name, *, yes: YesFlag = False, as_json: JsonFlag = False) -> None:
     """Forget a user with all sessions and API tokens; the audit keeps the name."""
-    sure = yes
-    with contextlib.suppress(typer.Abort):
-        sure = sure or typer.confirm(f"Remove the user {name} with all API tokens?", err=True)
-    if not sure:
-        raise GloraError(Reason.REQUEST_INVALID, "Nothing was removed; --yes removes without asking.")
+    make_sure(f"Remove the user {name} with all API tokens?", yes=yes)
     user = api.post(UserAnswer, at("users", name, "remove"))
     if as_json:
         show_json(user)

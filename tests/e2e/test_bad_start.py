@@ -176,7 +176,7 @@ def test_a_device_without_data(federation: Federation) -> None:
 
 
 def test_an_unknown_run(federation: Federation) -> None:
-    for words in (["run", "show", "nosuch"], ["run", "abort", "nosuch"], ["run", "watch", "nosuch"]):
+    for words in (["run", "show", "nosuch"], ["run", "abort", "nosuch", "--yes"], ["run", "watch", "nosuch"]):
         says(federation.admin(*words), REFUSED, "There is no run 'nosuch'")
 
 

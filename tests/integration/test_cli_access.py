@@ -152,7 +152,7 @@ def test_users_are_cared_for(command: Command, running: Running, monkeypatch: py
     assert (refused.code, "was revoked" in refused.err) == (3, True)
     monkeypatch.setenv("GLORA_TOKEN", ADMIN_TOKEN)
     assert command("user", "remove", "vera", stdin="n\n").code == 2
-    assert command("user", "remove", "vera").err.endswith("Nothing was removed; --yes removes without asking.\n")
+    assert command("user", "remove", "vera").err.endswith("Nothing was done; --yes does it without asking.\n")
     assert command("user", "remove", "vera", "--yes").out == "vera: removed\n"
 
 

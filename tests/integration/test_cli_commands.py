@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +39,12 @@ def command(
 ) -> Command:
     monkeypatch.setenv("GLORA_URL", running.url)
     monkeypatch.setenv("GLORA_ADMIN_TOKEN", ADMIN_TOKEN)
-    return lambda *words: glora(capsys, *words)
+
+    def run(*words: str, stdin: str = "") -> Outcome:
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        return glora(capsys, *words)
+
+    return run
 
 
 @pytest.fixture
@@ -89,7 +95,9 @@ def test_devices_are_steered(command: Command, fake: FakeServer) -> None:
     assert command("device", "approve", "pi-3").out == "pi-3: approved, rank 8\n"
     assert command("device", "suspend", "pi-3").out == "pi-3: suspended, rank 8\n"
     assert command("device", "set-rank", "pi-3", "4").out == "pi-3: suspended, rank 4\n"
-    assert json.loads(command("device", "revoke", "pi-3", "--json").out)["state"] == "revoked"
+    assert command("device", "revoke", "pi-3", stdin="n\n").code == 2
+    assert "suspended" in command("device", "show", "pi-3").out
+    assert json.loads(command("device", "revoke", "pi-3", "--yes", "--json").out)["state"] == "revoked"
     assert fake.device_records["pi-3"].state is DeviceState.REVOKED
 
 
@@ -111,7 +119,7 @@ def test_a_run_is_created_from_files(command: Command, fake: FakeServer, files: 
     outcome = command(*words)
     assert outcome.out == "second: created, 1 modules, rank up to 16\n"
     assert "glora run start second" in outcome.err
-    assert command("run", "start", "second").out.startswith("second: active, round 2 of 10: collecting")
+    assert command("run", "start", "second").out.startswith("second: active, round 2 of 10: 1 of 2 updates")
     again = command(*words)
     assert (again.code, again.err) == (3, "There is a run second already; choose another name.\n")
 
@@ -131,7 +139,7 @@ def test_labels_can_stand_in_a_file_beside_the_description(command: Command, fak
 
 
 def test_runs_are_listed_and_shown(command: Command) -> None:
-    assert "round 2 of 10: collecting, 0 of 2 updates" in command("run", "list").out
+    assert "round 2 of 10: 1 of 2 updates are in; pi-1 is uploading." in command("run", "list").out
     assert json.loads(command("run", "list", "--json").out)[0]["name"] == "demo"
     shown = command("run", "show", "demo").out
     for words in ("1 of 2 updates are in", "pi-1", "uploading", "610 B", "version 1", "75.0 %", "rank 8"):
@@ -148,7 +156,11 @@ def test_runs_are_steered(command: Command, fake: FakeServer) -> None:
     before = fake.round_deadline
     assert command("run", "extend", "demo", "15m").out.startswith("demo, round 2: deadline ")
     assert fake.round_deadline == before + 900
-    assert command("run", "abort", "demo", "--reason", "wrong labels").out == "demo: aborted, wrong labels\n"
+    refused = command("run", "abort", "demo", "--reason", "wrong labels")
+    assert refused.code == 2
+    assert refused.err.endswith("Nothing was done; --yes does it without asking.\n")
+    assert fake.run_records["demo"][0].phase is RunPhase.ACTIVE
+    assert command("run", "abort", "demo", "--reason", "wrong labels", "-y").out == "demo: aborted, wrong labels\n"
 
 
 def test_an_export_is_a_folder(command: Command, tmp_path: Path) -> None:
@@ -224,7 +236,7 @@ def test_on_a_terminal_watching_leaves_the_last_page(
 
 
 def test_watching_a_run_that_was_aborted_fails(command: Command) -> None:
-    command("run", "abort", "demo")
+    command("run", "abort", "demo", "--yes")
     outcome = command("run", "watch", "demo", "--json")
     assert outcome.code == 1
     assert [json.loads(line)["phase"] for line in outcome.out.splitlines()] == ["aborted"]
@@ -240,7 +252,7 @@ REFUSED = [
     Refused(("device", "show", "nope"), 3, "There is no device nope."),
     Refused(("device", "approve", "nope"), 3, "There is no device nope."),
     Refused(("device", "suspend", "nope"), 3, "There is no device nope."),
-    Refused(("device", "revoke", "nope"), 3, "There is no device nope."),
+    Refused(("device", "revoke", "nope", "--yes"), 3, "There is no device nope."),
     Refused(("device", "set-rank", "pi-1", "64"), 3, "pi-1 said that it can train ranks up to 16, not 64."),
     Refused(("device", "token", "revoke", "nope"), 3, "There is no token nope."),
     Refused(("run", "show", "nope"), 3, "There is no run nope; there is demo."),
@@ -248,7 +260,7 @@ REFUSED = [
     Refused(("run", "start", "demo"), 3, "The run is active, so it cannot start;"),
     Refused(("run", "resume", "demo"), 3, "The run is active, so it cannot resume;"),
     Refused(("run", "pause", "nope"), 3, "There is no run nope; there is demo."),
-    Refused(("run", "abort", "nope"), 3, "There is no run nope; there is demo."),
+    Refused(("run", "abort", "nope", "--yes"), 3, "There is no run nope; there is demo."),
     Refused(("run", "extend", "nope", "1m"), 3, "There is no run nope; there is demo."),
     Refused(("run", "edit", "demo", "quorom=3"), 2, 'quorom cannot be changed (did you mean "quorum"?)'),
     Refused(("run", "edit", "demo", "quorum=0"), 2, "edit, policy.quorum: must be at least 1 (you wrote 0)."),
