@@ -91,21 +91,21 @@ def cpu_seconds(work: Callable[[], object], *, repeats: int) -> float:
     return best
 
 
-def extra_memory(d: int, count: int) -> float | None:
+def extra_memory(d: int, count: int, kind: str) -> float | None:
     """Peak resident MB of one fast round beyond its inputs, in a process of its own; None where the system is silent.
 
     What `malloc` and the libraries keep of earlier calls would be counted, or not, by chance: so all larger blocks go
     back to the system at once, and it is the second call of its size that is measured.
     """
-    call = [sys.executable, __file__, "--memory-of", f"{d},{count}"]
+    call = [sys.executable, __file__, "--memory-of", f"{d},{count},{kind}"]
     given = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     found = subprocess.run(call, check=True, capture_output=True, text=True, env=given).stdout.strip()
     return float(found) if found else None
 
 
-def print_memory(d: int, count: int) -> None:
+def print_memory(d: int, count: int, kind: str) -> None:
     """The body of the process that `extra_memory` starts."""
-    updates = uploads(d, d, count, "shared")
+    updates = uploads(d, d, count, kind)
     glora(None, updates, "fast")
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     ctypes.CDLL(None).malloc_trim(0)
@@ -229,7 +229,7 @@ def exact_estimate(d: int, count: int) -> float:
 
 
 def fast_rows(d: int, count: int, kind: str, floor: float) -> list[Row]:
-    """Our fast rounds: cold, warm and without the report; for `shared` also their memory and the rule `delta`."""
+    """Our fast rounds: cold, warm and without the report, and their memory; for `shared` also the rule `delta`."""
     updates, size = uploads(d, d, count, kind), f"d={d} N={count} {kind}"
     repeats = 5 if count > 64 else 9
     cold, later = glora(None, updates, "fast"), nudged(updates)
@@ -238,16 +238,14 @@ def fast_rows(d: int, count: int, kind: str, floor: float) -> list[Row]:
     warm = cpu_seconds(lambda: glora(cold, later, "fast"), repeats=repeats)
     ratio = objective(glora(cold, later, "fast").u, later) / objective(glora(None, later, "fast").u, later)
     note = f"no report {silent:.4f}: it is {1 - silent / seconds:.0%}"
-    shared = kind == "shared"
-    memory = extra_memory(d, count) if shared else None
     rows = [
         Row(
             size=size, method="glora fast, cold", seconds=seconds, floor=floor, objective=objective(cold.u, updates),
-            extra_mb=memory, note=note,
+            extra_mb=extra_memory(d, count, kind), note=note,
         ),
         Row(size=size, method="glora fast, warm", seconds=warm, floor=floor, note=f"{ratio:.4f} of cold"),
     ]  # fmt: skip
-    if shared:
+    if kind == "shared":
         state, moved = delta_round(d, d, count)
 
         def delta() -> None:
@@ -419,8 +417,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     if arguments.memory_of:
-        d, count = map(int, arguments.memory_of.split(","))
-        print_memory(d, count)
+        d, count, kind = arguments.memory_of.split(",")
+        print_memory(int(d), int(count), kind)
         return
     sgemm, low, memory = limits()
     rows: list[Row] = []

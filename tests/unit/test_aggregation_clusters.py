@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation import AggregationResult, ClientUpdate, LayerState, aggregate
+from glora_server.aggregation.fast import span
 from glora_server.aggregation.fast.intake import VoteRule, module_round, read_groups
 from glora_server.aggregation.fast.span import pays, prefers_gram
 from glora_server.aggregation.rules import Rule
@@ -76,3 +77,17 @@ def test_a_round_that_has_nothing_to_do_with_the_one_before(before: int, seed: i
     state = folded(clustered(512, before, 0.05, seed=9)).state
     updates = clustered(512, 8, 0.05, seed=seed)
     check(folded(updates, state), updates)
+
+
+@pytest.mark.parametrize(("subspace", "least"), [("projector", 0.99), ("energy", 1 - 1e-6), ("mean", 1 - 1e-6)])
+def test_coefficients_that_took_too_much_memory_are_computed_anew(
+    monkeypatch: pytest.MonkeyPatch, subspace: str, least: float
+) -> None:
+    updates = clustered(512, 8, 0.05)
+    kept = aggregate("glora", None, updates, rank=RANK, rule="replace", subspace=subspace, accuracy="fast").state
+    monkeypatch.setattr(span, "_KEPT_VALUES", 0)
+    anew = aggregate("glora", None, updates, rank=RANK, rule="replace", subspace=subspace, accuracy="fast")
+    cosines = torch.linalg.svdvals(kept.u.double().mT @ anew.state.u.double())
+    assert float(cosines.square().mean()) > least
+    if subspace == "projector":
+        check(anew, updates)

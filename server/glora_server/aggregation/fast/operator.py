@@ -35,10 +35,15 @@ class Operator(Protocol):
     What it is applied to are columns too, laid out as rows, so that no product has to turn one of them.
     """
 
-    def apply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """`rows` (M×k×d, float32) times the matrix, in the fastest precision that does, and its coefficients.
+    @property
+    def size(self) -> int:
+        """How many coefficients a row has."""
+        ...
 
-        These are rows·LC (M×k×…), linear in the rows.
+    def apply(self, rows: Tensor, coefficients: Tensor | None = None) -> Tensor:
+        """`rows` (M×k×d, float32) times the matrix, in the fastest precision that does.
+
+        Writes rows·LC (M×k×size), which is linear in the rows, into `coefficients` where they are wanted.
         """
         ...
 
@@ -65,13 +70,16 @@ class VoteOperator:
         keep = values * self._low.itemsize <= _KEPT_BYTES
         self._columns = [group.devices.columns(group.units, self._low, keep=keep) for group in groups]
         self._ranks = [group.rank for group in groups]
-        self._size = sum(core.shape[1] * core.shape[2] for core in self._cores)
 
-    def apply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """rows·K, and what each device's core made of rows·[U_T E_i]."""
+    @property
+    def size(self) -> int:
+        """The columns of all [U_T E_i]."""
+        return sum(core.shape[1] * core.shape[2] for core in self._cores)
+
+    def apply(self, rows: Tensor, coefficients: Tensor | None = None) -> Tensor:
+        """rows·K; the coefficients are what each device's core made of rows·[U_T E_i]."""
         low = rows.to(self._low)
         total, at = torch.zeros_like(rows), 0
-        coefficients = rows.new_empty((*rows.shape[:2], self._size))
         for position, (tail, core) in enumerate(zip(self._tails, self._cores, strict=True)):
             c, inside = tail.shape[2], (rows @ tail)[:, None]
             said = torch.zeros_like(inside[:, 0])
@@ -80,13 +88,14 @@ class VoteOperator:
                 own = own.reshape(*rows.shape[:2], -1, self._ranks[position]).transpose(1, 2)
                 answered = torch.cat([inside.expand(-1, own.shape[1], -1, -1), own], dim=3) @ core[:, part].mT
                 said += answered[..., :c].sum(dim=1)
-                total += times_transposed(_joined(answered[..., c:]).to(self._low), block).float()
-                joined = _joined(answered)
-                coefficients[..., at : at + joined.shape[2]] = joined
-                at += joined.shape[2]
+                total += times_transposed(_joined(answered[..., c:]).to(self._low), block)
+                if coefficients is not None:
+                    joined = _joined(answered)
+                    coefficients[..., at : at + joined.shape[2]] = joined
+                    at += joined.shape[2]
             if c:
                 total += said @ tail.mT
-        return total, coefficients
+        return total
 
     def finished(self, coefficients: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Σ[U_T E_i]·coefficients_iᵀ, and the extra product."""
@@ -114,10 +123,17 @@ class MeanOperator:
         self._tails = shared_tails(groups)
         self._columns = [group.devices.columns(group.units, torch.float32, keep=False) for group in groups]
 
-    def apply(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(rows·M)·Mᵀ, and rows·M."""
+    @property
+    def size(self) -> int:
+        """n."""
+        return self._groups[0].devices.shape.n
+
+    def apply(self, rows: Tensor, coefficients: Tensor | None = None) -> Tensor:
+        """(rows·M)·Mᵀ; the coefficients are rows·M."""
         seen = self._seen(rows)
-        return self._times(seen, None)[0].mT, seen
+        if coefficients is not None:
+            coefficients.copy_(seen)
+        return self._times(seen, None)[0].mT
 
     def finished(self, coefficients: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """M·coefficientsᵀ, and the extra product."""

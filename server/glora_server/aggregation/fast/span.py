@@ -39,6 +39,8 @@ _FASTEST, _SLOWEST = 0.3, 0.9
 _PESSIMISM = 1.5
 """By how much residuals may overstate what is left, at most."""
 _MOST_STEPS = 12
+_KEPT_VALUES = 5 << 18
+"""Coefficients of a module that are kept from step to step; more of them are computed anew in the end."""
 _SQUARED_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-8}
 """Squared size, relative to the largest, below which a direction is dropped: 32 of them are worth 0.3 % in float64."""
 _PLAIN = {torch.float32: 0.1, torch.float64: 1e-6}
@@ -105,7 +107,7 @@ def _start(operator: Operator | None, groups: Sequence[Group], rank: int, known:
     drawn = gaussian(rank + _OVERSAMPLING - held, sizes.d, seed=0)
     mixed = drawn.to(groups[0].vote.device).expand(sizes.modules, -1, -1)
     if operator is not None:
-        mixed, _ = operator.apply(mixed)
+        mixed = operator.apply(mixed)
     if not held:
         return mixed
     # What orthonormalisation drops is relative to the largest column.
@@ -124,31 +126,57 @@ class _Krylov:
     def run(self, start: Tensor) -> tuple[Tensor, Tensor]:
         """The operator's coefficients of the Ritz vectors (M×R×…), and the falling Ritz values, R + 1 of them."""
         # In float64: one direction that all devices share may be a thousand times as strong as those that follow.
-        basis, answers = orthonormal(start.double()), []
-        core = start.new_zeros((start.shape[0], 0, 0))
-        converged, width = _Convergence(self._rank), start.shape[1]
+        basis, answers = [orthonormal(start.double())], list[Tensor]()
+        modules, width, d = start.shape
+        # In float64: LAPACK's float32 version of `eigh` has returned NaN for cores of low rank.
+        core, converged = start.new_zeros((modules, 0, 0), dtype=torch.float64), _Convergence(self._rank)
         while True:
-            image, answer = self._operator.apply(basis[:, -width:])
-            answers.append(answer)
-            inside = times_transposed(image, basis)
+            rest = self._applied(basis, answers)
+            inside = _seen(rest, basis)
             core = _bordered(core, inside.mT)
-            # In float64: LAPACK's float32 version has returned NaN for cores of low rank.
-            values, vectors = torch.linalg.eigh(core.double())
-            values, vectors = values.flip(1).clamp(min=0), vectors.flip(2)
-            rest = image - times_transposed(inside, basis.mT)
-            coupled = vectors[:, -width:, : self._rank]
-            if converged(values, _lengths(rest, coupled)) or basis.shape[1] + width > start.shape[2]:
+            values, vectors = torch.linalg.eigh(core)
+            values, vectors = values.flip(1).clamp(min=0), vectors[..., -self._rank :].flip(2)
+            rest -= _combined(inside, basis)
+            if converged(values, _lengths(rest, vectors[:, -width:])) or (len(basis) + 1) * width > d:
                 break
             block = orthonormal(rest, floor=self._floor * values[:, 0])
             # Twice: what is left of the earlier blocks may be as large as what is new, and would grow in every step.
-            block = orthonormal(block - times_transposed(times_transposed(block, basis), basis.mT))
+            block = orthonormal(block - _combined(_seen(block, basis), basis))
             if not bool(block.any()):
                 break
-            basis = torch.cat([basis, block], dim=1)
-        coefficients = start.new_zeros(())
-        for answer, turn in zip(answers, vectors[..., : self._rank].float().split(width, dim=1), strict=True):
-            coefficients = coefficients + times_transposed(turn.mT, answer.mT)
-        return coefficients, values[:, : self._rank + 1]
+            basis.append(block)
+        turn, found = vectors.float().mT, values[:, : self._rank + 1]
+        if len(answers) == len(basis):
+            return _combined(turn, answers), found
+        ritz, coefficients = _combined(turn, basis), start.new_empty((modules, turn.shape[1], self._operator.size))
+        basis.clear()
+        self._operator.apply(ritz, coefficients)
+        return coefficients, found
+
+    def _applied(self, basis: Sequence[Tensor], answers: list[Tensor]) -> Tensor:
+        """The operator's image of the newest block; its coefficients join `answers` unless these grow too large."""
+        newest, coefficients = basis[-1], None
+        modules, width, _ = newest.shape
+        if len(basis) * width * self._operator.size <= _KEPT_VALUES:
+            coefficients = newest.new_empty((modules, width, self._operator.size))
+            answers.append(coefficients)
+        else:
+            answers.clear()
+        return self._operator.apply(newest, coefficients)
+
+
+def _seen(rows: Tensor, basis: Sequence[Tensor]) -> Tensor:
+    """Coordinates (M×k×…) of rows (M×k×d) in the blocks of rows of the basis."""
+    return torch.cat([times_transposed(rows, block) for block in basis], dim=2)
+
+
+def _combined(coordinates: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    """The sum of the rows of all blocks, by coordinates (M×k×…)."""
+    parts = torch.split(coordinates, [block.shape[1] for block in blocks], dim=2)
+    total = times_transposed(parts[0], blocks[0].mT)
+    for part, block in zip(parts[1:], blocks[1:], strict=True):
+        total += times_transposed(part, block.mT)
+    return total
 
 
 def _lengths(rest: Tensor, coupled: Tensor) -> Tensor:
