@@ -38,7 +38,8 @@ def fast_round(
 
     That is where `can_do` says so, and for modules so small beside R that the exact computation is no slower. Beyond
     the inputs this holds at most 10 MiB of reduced copies, one block of factors side by side (2 MiB, or 128 columns
-    where those are more), about (3R + 64)·d numbers, and (R + 16)·(d + Σr) for each step of the iteration.
+    where those are more), about (3R + 64)·d numbers, some thirty of r² for each device, and of the iteration (R + 16)·d
+    for each step and 5 MiB of coefficients.
     """
     if not can_do(rule, updates):
         return None
