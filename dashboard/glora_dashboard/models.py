@@ -137,6 +137,7 @@ class DeviceAnswer(DeviceRecordAnswer):
     online: bool
     run: str
     current: AssignmentAnswer | None
+    measuring: str = Field(description="The run for which it still measures what it has sent; empty if it does not.")
 
     @classmethod
     def of(cls, view: DeviceView) -> Self:
@@ -146,6 +147,7 @@ class DeviceAnswer(DeviceRecordAnswer):
             online=view.online,
             run=view.current_run,
             current=None if view.current is None else AssignmentAnswer.of(view.current),
+            measuring=view.measuring,
         )
 
 

@@ -118,7 +118,7 @@ def set_device_rank(
 def doing(device: DeviceAnswer) -> str:
     """What a device is doing, in a few words."""
     if device.current is None:
-        return ""
+        return f"{device.measuring}: measuring" if device.measuring else ""
     return f"{device.run}: {progress(device.current)}"
 
 

@@ -325,7 +325,10 @@ async def test_a_device_that_measures_what_it_sent_is_there_all_the_while(world:
             await phone.me(), offer.assignment.id, phase="evaluating", done=1, total=2, loss=0.0
         )
         assert not answer.cancelled
-        assert (await world.now.queries.device("a")).online
+        view = await world.now.queries.device("a")
+        assert (view.online, view.current, view.measuring) == (True, None, "first")
+    await phone.ask()
+    assert (await world.now.queries.device("a")).measuring == ""
 
 
 async def test_the_last_device_is_waited_for_as_long_as_the_policy_says(world: World) -> None:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from markupsafe import Markup
 from storage_records import NOW, device, token
 
 from glora_dashboard.pages.audit_parts import action_words, audit_table, change
@@ -15,6 +16,7 @@ from glora_dashboard.pages.device_parts import (
     devices_table,
     duties,
     now_doing,
+    presence,
     reliability,
 )
 from glora_dashboard.pages.enrolment import token_state
@@ -57,6 +59,12 @@ def test_what_devices_say_about_themselves_is_text_and_nothing_else() -> None:
     shown = devices_table((line("pi", profile=profile, tags=(NASTY,)),), operator=True)
     assert "<img" not in shown
     assert shown.count("&lt;img") >= 4
+
+
+def test_a_device_that_measures_what_it_sent_says_so() -> None:
+    view = DeviceView(device=device("pi"), online=True, measuring="demo")
+    assert "measuring" in presence(view)
+    assert Markup(now_doing(view)).striptags() == "For demo: measuring what it has sent."
 
 
 def test_only_operators_approve_and_only_what_waits() -> None:

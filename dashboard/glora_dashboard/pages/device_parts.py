@@ -44,6 +44,8 @@ def presence(view: DeviceView) -> Markup:
         return pill(*STATE_SIGNS[view.device.state])
     if view.current is not None:
         return pill(*work_sign(view.current.assignment))
+    if view.measuring:
+        return pill("active", "measuring")
     return pill("good", "online") if view.online else pill("idle", "away")
 
 
@@ -172,6 +174,8 @@ def now_doing(view: DeviceView) -> Markup:
         return Markup("It is suspended: it gets no work until it is approved again.")
     if view.device.state is DeviceState.REVOKED:
         return Markup("It was revoked for good. To let it in again, let it join with a new token.")
+    if view.current is None and view.measuring:
+        return Markup("For {}: measuring what it has sent.").format(anchor(view.measuring, f"/runs/{view.measuring}"))
     if view.current is None:
         words = "It is online and waits for work." if view.online else "It is not here now."
         return Markup("{}").format(words)

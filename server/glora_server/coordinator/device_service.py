@@ -167,13 +167,15 @@ class DeviceService:
     async def progress(
         self, device: Device, assignment_id: AssignmentId, *, phase: str, done: int, total: int, loss: float
     ) -> ProgressAnswer:
-        """Show how far the device is; kept in memory only."""
+        """Show how far the device is, also while it measures what it has sent; kept in memory only."""
         assignment = await self.store.read(partial(_own, device, assignment_id))
         if assignment.is_open:
             loss = loss if math.isfinite(loss) else 0.0
             live = LiveProgress(phase=phase, done=done, total=total, loss=loss, at=self.engine.clock())
             self.hub.progress[assignment_id] = live
             self.hub.run_changed(assignment.run_id)
+        elif assignment.phase is AssignmentPhase.ACCEPTED_UPDATE:
+            self.hub.measures(device.id, assignment.run_id)
         return await self._answer(assignment)
 
     async def declined(

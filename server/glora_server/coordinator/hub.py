@@ -105,6 +105,7 @@ class Hub:
     """Why the run's next round does not open, a sentence."""
     progress: dict[AssignmentId, LiveProgress] = field(default_factory=dict)
     traffic: dict[AssignmentId, Traffic] = field(default_factory=dict)
+    _measuring: dict[DeviceId, RunId] = field(default_factory=dict)
     _present: dict[DeviceId, _Presence] = field(default_factory=dict)
 
     def arrive(self, device_id: DeviceId, profile: Profile, at: float) -> bool:
@@ -117,7 +118,7 @@ class Hub:
             known.since, known.told = at, frozenset()
         known.profile, known.last_seen_at = profile, at
         known.polls += 1
-        if news:
+        if self._measuring.pop(device_id, None) is not None or news:
             self.feed.note(ChangeKind.DEVICE, device_id)
         return news
 
@@ -147,9 +148,20 @@ class Hub:
         if known is not None:
             known.last_seen_at = at
 
+    def measures(self, device_id: DeviceId, run_id: RunId) -> None:
+        """The device still measures what it has sent for the run."""
+        if self._measuring.get(device_id) != run_id:
+            self._measuring[device_id] = run_id
+            self.feed.note(ChangeKind.DEVICE, device_id)
+
+    def measures_for(self, device_id: DeviceId, at: float) -> RunId | None:
+        """The run for which a device that is there still measures what it has sent."""
+        return self._measuring.get(device_id) if self.is_online(device_id, at) else None
+
     def forget_device(self, device_id: DeviceId) -> None:
         """The device may not work any more."""
         self._present.pop(device_id, None)
+        self._measuring.pop(device_id, None)
         self.device_changed(device_id)
 
     def available(self, at: float) -> Available:

@@ -252,13 +252,15 @@ class Queries:
 def _device_views(uow: UnitOfWork, present: Present, devices: list[Device]) -> tuple[DeviceView, ...]:
     open_ = uow.lists.open_of([device.id for device in devices])
     views = {view.assignment.device_id: view for view in present.assignment_views(uow, open_.values())}
-    run_names = uow.lists.run_names({assignment.run_id for assignment in open_.values()})
+    measuring = {device.id: run for device in devices if (run := present.hub.measures_for(device.id, present.now))}
+    run_names = uow.lists.run_names({assignment.run_id for assignment in open_.values()} | set(measuring.values()))
     return tuple(
         DeviceView(
             device=_freshly_seen(present.hub, device),
             online=present.hub.is_online(device.id, present.now),
             current=views.get(device.id),
             current_run=run_names[open_[device.id].run_id] if device.id in open_ else "",
+            measuring=run_names.get(measuring[device.id], "") if device.id in measuring else "",
         )
         for device in devices
     )

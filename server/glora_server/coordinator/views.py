@@ -105,6 +105,8 @@ class DeviceView:
     current: AssignmentView | None = None
     current_run: str = ""
     """Name of the run that `current` belongs to."""
+    measuring: str = ""
+    """Name of the run for which it still measures what it has sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
