@@ -19,6 +19,11 @@ _SCALE: Final = ("#30408d", "#2f7fb8", "#35a79c", "#97cc6c", "#f2de4f")
 """From few to many: falls apart into steps on white and on black, and for those who see few colours."""
 _TEXT: Final = {"color": "var(--muted)", "fontFamily": "system-ui, sans-serif", "fontSize": 12}
 _LINE: Final = {"lineStyle": {"color": "var(--line)"}}
+_NEARLY_ONE: Final = "axis.max > 0.9 && axis.max < 1.001"
+_AT_MOST_ONE: Final = {
+    ":max": f"(axis) => ({_NEARLY_ONE} ? 1 : null)",
+    ":min": f"(axis) => ({_NEARLY_ONE} && axis.min > 0.9 ? 0.9 : null)",
+}
 
 
 class Chart:
@@ -50,9 +55,18 @@ class Chart:
 
 
 def plot(
-    series: Sequence[Options], *, percent: bool = False, zero: bool = False, legend: bool = True, digits: int = 3
+    series: Sequence[Options],
+    *,
+    percent: bool = False,
+    share: bool = False,
+    zero: bool = False,
+    legend: bool = True,
+    digits: int = 3,
 ) -> Options:
-    """Axes for series over round numbers; `zero` lets the values' axis begin there."""
+    """Axes for series over round numbers; `zero` lets the values' axis begin there.
+
+    Where no value can be larger than one (`percent`, `share`), the axis ends there, also if all of them are one.
+    """
     unit = PERCENT if percent else _rounded(digits)
     axis_label: Options = {**_TEXT, ":formatter": "(v) => Math.round(100 * v) + ' %'"} if percent else {**_TEXT}
     names = [str(item["name"]) for item in series if not str(item.get("stack", "")).startswith("band")]
@@ -71,7 +85,8 @@ def plot(
             "scale": not zero,
             "axisLabel": axis_label,
             "splitLine": dict(_LINE),
-        },
+        }
+        | (_AT_MOST_ONE if percent or share else {}),
         "series": list(series),
     }
 

@@ -137,5 +137,5 @@ def agreement_options(made: Sequence[Contribution]) -> Options:
             line("capture", [(item.number, finite(item.capture)) for item in made], colour="var(--c2)", dashed=True),
             marks,
         ],
-        digits=3,
+        share=True,
     )

@@ -181,7 +181,7 @@ def settings(view: RunView) -> Markup:
     """What the run was told to do."""
     spec, policy, plan = view.spec, view.spec.policy, view.spec.training
     amount = fmt.count(plan.steps, "step") if plan.steps else f"{plan.epochs:g} epoch{'s' * (plan.epochs != 1)}"
-    wanted = f"{policy.target_devices} devices" if policy.target_devices else "every device that is there"
+    wanted = fmt.count(policy.target_devices, "device") if policy.target_devices else "every device that is there"
     return facts(
         (
             ("Base model", Markup('<span class="mono">{}</span>').format(spec.model.path)),

@@ -178,7 +178,9 @@ class Opener:
             return
         pause = self._pause(run_id, staffed)
         if pause > 0:
-            self._wait(run_id, f"{len(staffed.opened.assignments)} devices are ready; waiting {pause:.0f} s for more.")
+            ready = len(staffed.opened.assignments)
+            are = "device is" if ready == 1 else "devices are"
+            self._wait(run_id, f"{ready} {are} ready; waiting {pause:.0f} s for more.")
             self._later(run_id, pause)
             return
         self._hub.waiting.pop(run_id, None)

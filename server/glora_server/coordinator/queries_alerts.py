@@ -98,6 +98,8 @@ def _run(uow: UnitOfWork, present: Present, run: Run) -> Iterator[Alert]:
             f"Run {run.name} has no device: none is enrolled that fits it; make a join token."
             if fit == 0
             else f"Run {run.name} waits: none of its {fit} devices is online."
+            if fit > 1
+            else f"Run {run.name} waits: its only device is not online."
         )
         yield _alert(Severity.WARNING, "no_devices", message, run.name)
 

@@ -31,7 +31,7 @@ def _active(view: RoundView | None, planning: str, now: float) -> str:
     if view.round.phase in GATHERING:
         return _gathering(view, now)
     if view.round.phase is RoundPhase.AGGREGATING:
-        return f"{view.accepted} updates are being aggregated."
+        return f"{view.accepted} {'update is' if view.accepted == 1 else 'updates are'} being aggregated."
     return planning
 
 
