@@ -26,7 +26,8 @@ class StrategyFields:
 
     def __init__(self, infos: Sequence[StrategyInfo], begin_with: StrategySpec) -> None:
         self._infos = {info.name: info for info in infos if not info.not_served}
-        first = begin_with.name if begin_with.name in self._infos else next(iter(self._infos), "")
+        wished = (begin_with.name, StrategySpec().name, *self._infos)
+        first = next((name for name in wished if name in self._infos), "")
         with ui.element("div").classes("form three"):
             self._name = ui.select(list(self._infos), value=first, label="Strategy").props("outlined").classes("wide")
         self._says = Block(Markup(""))
