@@ -169,12 +169,16 @@
     });
   }
 
-  // NiceGUI sends what is typed before it has connected by a timer for each key, which can change their order: the
-  // server would have another text than the field shows.
-  const notBeforeConnected = (event) => {
-    if (globalThis.did_handshake === false) event.preventDefault();
-  };
-  document.addEventListener("beforeinput", notBeforeConnected, { capture: true });
+  // Until it has connected NiceGUI keeps what is typed with a timer for each key, which can change their order: the
+  // server would have another text than the field shows. So it is told at once that it has, and the socket keeps its
+  // messages in order. Not on pages that were loaded ahead of a visit: they greet the server before anything else.
+  let greeted = false;
+  Object.defineProperty(globalThis, "did_handshake", {
+    get: () => greeted || globalThis.socket?.io?.opts?.query?.implicit_handshake === true,
+    set: (value) => {
+      greeted = value;
+    },
+  });
 
   // The server cuts the socket of those whose session has ended: the login page says so at once.
   async function askToSignIn() {
