@@ -82,6 +82,10 @@ class FleetDevice:
             except (grpc.RpcError, GloraError) as error:
                 self.problems.append(str(error))
                 self.stop.wait(0.5)
+            except ValueError:
+                # What grpc says when it is asked over a channel that was closed.
+                if not self.stop.is_set():
+                    raise
 
     def _take(self, assignment: types_pb2.Assignment) -> None:
         if self.manner is Manner.DECLINES:
