@@ -331,6 +331,32 @@ async def test_a_device_that_measures_what_it_sent_is_there_all_the_while(world:
     assert (await world.now.queries.device("a")).measuring == ""
 
 
+def rounds_are_done(run_id: RunId, number: int, uow: UnitOfWork) -> bool:
+    return uow.runs.get(run_id).rounds_done == number
+
+
+async def test_a_device_that_still_measures_is_not_drawn_while_others_are_free(world: World) -> None:
+    first = await world.phone("a")
+    run = await world.start_run(quorum=1, target_devices=1, rounds=9)
+    offer = await first.offer()
+    await world.now.commands.pause_run(ADMIN, "first")
+    assert (await first.push(offer, first.train(offer))).state == "accepted"
+    await world.until(run.id, lambda uow: uow.runs.get(run.id).rounds_done == 1)
+    other = await world.phone("b")
+    for done in range(2, 8):
+        await world.now.devices.progress(
+            await first.me(), offer.assignment.id, phase="evaluating", done=1, total=2, loss=0.0
+        )
+        question = asyncio.create_task(other.ask(5.0))
+        await asyncio.sleep(0)
+        await world.now.commands.resume_run(ADMIN, "first")
+        work = (await question).offer
+        assert work is not None
+        await world.now.commands.pause_run(ADMIN, "first")
+        assert (await other.push(work, other.train(work))).state == "accepted"
+        await world.until(run.id, partial(rounds_are_done, run.id, done))
+
+
 async def test_the_last_device_is_waited_for_as_long_as_the_policy_says(world: World) -> None:
     """Two of three wanted devices would do: the round waits for the third, but only as long as gather_seconds."""
     first, second = await world.phone("a"), await world.phone("b")

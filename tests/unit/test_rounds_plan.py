@@ -103,6 +103,19 @@ def test_over_selection_invites_exactly_that_share_more(target: int, share: floa
     assert (len(answer.picks), answer.target) == (invited, target)
 
 
+@pytest.mark.parametrize("sampling", list(Sampling))
+@pytest.mark.parametrize(("target", "busy"), [(4, 6), (4, 8), (8, 6)])
+def test_devices_with_something_left_to_do_come_after_the_others(sampling: Sampling, target: int, busy: int) -> None:
+    later = {device.device_id for device in devices(busy)}
+    for seed in range(5):
+        policy = RoundPolicy(target_devices=target, sampling=sampling)
+        answer = staff(devices(10), policy, max_rank=16, seed=seed, later=later)
+        assert isinstance(answer, Staffing)
+        picked = [pick.device_id for pick in answer.picks]
+        assert len(picked) == len(set(picked)) == target
+        assert len(later.intersection(picked)) == max(0, target - (10 - busy))
+
+
 def test_fewer_devices_than_the_target_lower_the_target() -> None:
     answer = staff(devices(3), RoundPolicy(target_devices=5, quorum=2), max_rank=16, seed=1)
     assert isinstance(answer, Staffing)

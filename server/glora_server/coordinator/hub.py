@@ -154,6 +154,10 @@ class Hub:
             self._measuring[device_id] = run_id
             self.feed.note(ChangeKind.DEVICE, device_id)
 
+    def measuring(self, at: float) -> frozenset[DeviceId]:
+        """Devices that are there and still measure what they have sent."""
+        return frozenset(device_id for device_id in self._measuring if self.is_online(device_id, at))
+
     def measures_for(self, device_id: DeviceId, at: float) -> RunId | None:
         """The run for which a device that is there still measures what it has sent."""
         return self._measuring.get(device_id) if self.is_online(device_id, at) else None

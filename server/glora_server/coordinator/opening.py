@@ -19,7 +19,7 @@ from glora_server.coordinator.staffing import candidates, requirements
 from glora_server.coordinator.transitions import Transition, step
 from glora_server.rounds import run as run_machine
 from glora_server.rounds.assignment import Assignment, AssignmentKind
-from glora_server.rounds.ids import AssignmentId, RoundId, RunId
+from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId
 from glora_server.rounds.plan import Staffing, Waiting, staff, training_refusal
 from glora_server.rounds.round import LIVE, Aborted, Opened, Round, RoundPhase
 from glora_server.rounds.run import RunEvent, RunPhase
@@ -37,6 +37,14 @@ class _Staffed:
     complete: bool
     """Nobody else needs to be waited for."""
     gather_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _There:
+    """The devices that would take work, and which of them still measure what they have sent."""
+
+    available: Available
+    measuring: frozenset[DeviceId]
 
 
 class Opener:
@@ -170,8 +178,9 @@ class Opener:
             self._wait(run_id, "The last attempt at this round failed; the next one starts after a pause.")
             self._later(run_id, pause)
             return
-        available = self._hub.available(self._engine.clock())
-        staffed = await self._store.read(lambda uow: self._staff(uow, run_id, round_id, available))
+        now = self._engine.clock()
+        there = _There(available=self._hub.available(now), measuring=self._hub.measuring(now))
+        staffed = await self._store.read(lambda uow: self._staff(uow, run_id, round_id, there))
         if isinstance(staffed, Waiting):
             self._could_open_at.pop(run_id, None)
             self._wait(run_id, staffed.message)
@@ -185,18 +194,18 @@ class Opener:
             return
         self._hub.waiting.pop(run_id, None)
         self._could_open_at.pop(run_id, None)
-        work = partial(self._open, run_id=run_id, round_id=round_id, available=available)
+        work = partial(self._open, run_id=run_id, round_id=round_id, there=there)
         if await self._engine.commit(work, moved=one) is None:
             self.soon(run_id)
 
-    def _open(self, uow: UnitOfWork, *, run_id: RunId, round_id: RoundId, available: Available) -> Transition | None:
+    def _open(self, uow: UnitOfWork, *, run_id: RunId, round_id: RoundId, there: _There) -> Transition | None:
         """Opens the round with what is true now: run, policy and devices may have changed since they were looked at."""
         if (
             uow.runs.get(run_id).phase is not RunPhase.ACTIVE
             or uow.rounds.get(round_id).phase is not RoundPhase.PLANNED
         ):
             return None
-        staffed = self._staff(uow, run_id, round_id, available)
+        staffed = self._staff(uow, run_id, round_id, there)
         if isinstance(staffed, Waiting):
             return None
         return step(uow, round_id, staffed.opened, at=self._engine.clock())
@@ -207,17 +216,17 @@ class Opener:
             self._hub.run_changed(run_id)
             log.info("round_waits", run=run_id, message=message)
 
-    def _staff(self, uow: UnitOfWork, run_id: RunId, round_id: RoundId, available: Available) -> Waiting | _Staffed:
+    def _staff(self, uow: UnitOfWork, run_id: RunId, round_id: RoundId, there: _There) -> Waiting | _Staffed:
         run, round_ = uow.runs.get(run_id), uow.rounds.get(round_id)
         spec = RunSpec.from_json(run.spec_json)
         needs, busy = requirements(run, spec), uow.rounds.busy_devices()
         pool = [
             device
-            for device in candidates(uow, run, available)
+            for device in candidates(uow, run, there.available)
             if device.device_id not in busy and training_refusal(device, needs) is None
         ]
         seed = seed_of(spec.seed, run.id, round_.number, round_.attempt)
-        staffing = staff(pool, round_.policy, max_rank=spec.lora.max_rank, seed=seed)
+        staffing = staff(pool, round_.policy, max_rank=spec.lora.max_rank, seed=seed, later=there.measuring)
         if isinstance(staffing, Waiting):
             return staffing
         wanted = round_.policy.target_devices or _last_turnout(uow, run_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from glora_server.rounds.ids import DeviceId
@@ -127,8 +127,18 @@ def training_refusal(candidate: Candidate, needs: Requirements) -> Refusal | Non
     return None
 
 
-def staff(candidates: Iterable[Candidate], policy: RoundPolicy, *, max_rank: int, seed: int) -> Staffing | Waiting:
-    """The devices of the next round out of eligible `candidates`, or why it has to wait."""
+def staff(
+    candidates: Iterable[Candidate],
+    policy: RoundPolicy,
+    *,
+    max_rank: int,
+    seed: int,
+    later: Container[DeviceId] = frozenset(),
+) -> Staffing | Waiting:
+    """The devices of the next round out of eligible `candidates`, or why it has to wait.
+
+    Those of `later` are there, but still have something to do: they are drawn only where the others are too few.
+    """
     pool = sorted(candidates, key=lambda c: c.device_id)
     if len(pool) < policy.quorum:
         return Waiting(
@@ -138,7 +148,11 @@ def staff(candidates: Iterable[Candidate], policy: RoundPolicy, *, max_rank: int
     wanted = policy.target_devices or len(pool)
     # 10 devices and a tenth more are 11, also where the product is 11.000000000000002.
     invited = min(len(pool), math.ceil(wanted * (1.0 + policy.over_selection) - 1e-9 * wanted))
-    chosen = _draw(pool, invited, policy.sampling, random.Random(seed))  # noqa: S311 - sampling, not a secret
+    ready = [candidate for candidate in pool if candidate.device_id not in later]
+    rest = [candidate for candidate in pool if candidate.device_id in later]
+    rng = random.Random(seed)  # noqa: S311 - sampling, not a secret
+    chosen = _draw(ready, min(invited, len(ready)), policy.sampling, rng)
+    chosen += _draw(rest, invited - len(chosen), policy.sampling, rng)
     picks = tuple(Pick(device_id=c.device_id, rank=rank_for(c, max_rank)) for c in chosen)
     return Staffing(picks=picks, target=min(wanted, len(picks)) if policy.target_devices else 0)
 
