@@ -174,9 +174,10 @@ def now_doing(view: DeviceView) -> Markup:
         return Markup("It is suspended: it gets no work until it is approved again.")
     if view.device.state is DeviceState.REVOKED:
         return Markup("It was revoked for good. To let it in again, let it join with a new token.")
-    if view.current is None and view.measuring:
-        return Markup("For {}: measuring what it has sent.").format(anchor(view.measuring, f"/runs/{view.measuring}"))
     if view.current is None:
+        if view.measuring:
+            run = anchor(view.measuring, f"/runs/{view.measuring}")
+            return Markup("For {}: measuring what it has sent.").format(run)
         words = "It is online and waits for work." if view.online else "It is not here now."
         return Markup("{}").format(words)
     progress = view.current.progress

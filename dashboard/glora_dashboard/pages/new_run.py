@@ -125,10 +125,10 @@ class _Form:
             self._file_trouble.show(error)
             return
         self._file_trouble.say(_label_file(spec))
-        self.fill(spec)
+        self._fill(spec)
         ui.notify(f"{event.file.name} fills the form.", type="positive")
 
-    def fill(self, spec: RunSpec) -> None:
+    def _fill(self, spec: RunSpec) -> None:
         """Show a description."""
         self._fields.fill(spec.model_dump(mode="json"))
         self._strategy.fill(spec.strategy)

@@ -84,6 +84,8 @@ class _Presence:
     saved_at: float = 0.0
     told: frozenset[tuple[str, str]] = frozenset()
     """(run, reason) pairs of the notices that it was last answered with."""
+    measures: RunId | None = None
+    """The run for which it still measures what it has sent."""
 
 
 @dataclass(slots=True)
@@ -105,7 +107,6 @@ class Hub:
     """Why the run's next round does not open, a sentence."""
     progress: dict[AssignmentId, LiveProgress] = field(default_factory=dict)
     traffic: dict[AssignmentId, Traffic] = field(default_factory=dict)
-    _measuring: dict[DeviceId, RunId] = field(default_factory=dict)
     _present: dict[DeviceId, _Presence] = field(default_factory=dict)
 
     def arrive(self, device_id: DeviceId, profile: Profile, at: float) -> bool:
@@ -118,8 +119,9 @@ class Hub:
             known.since, known.told = at, frozenset()
         known.profile, known.last_seen_at = profile, at
         known.polls += 1
-        if self._measuring.pop(device_id, None) is not None or news:
+        if news or known.measures is not None:
             self.feed.note(ChangeKind.DEVICE, device_id)
+        known.measures = None
         return news
 
     def leave(self, device_id: DeviceId, at: float, *, lost: bool) -> None:
@@ -150,22 +152,22 @@ class Hub:
 
     def measures(self, device_id: DeviceId, run_id: RunId) -> None:
         """The device still measures what it has sent for the run."""
-        if self._measuring.get(device_id) != run_id:
-            self._measuring[device_id] = run_id
+        known = self._present.get(device_id)
+        if known is not None and known.measures != run_id:
+            known.measures = run_id
             self.feed.note(ChangeKind.DEVICE, device_id)
 
     def measuring(self, at: float) -> frozenset[DeviceId]:
         """Devices that are there and still measure what they have sent."""
-        return frozenset(device_id for device_id in self._measuring if self.is_online(device_id, at))
+        return frozenset(device_id for device_id in self._present if self.measures_for(device_id, at) is not None)
 
     def measures_for(self, device_id: DeviceId, at: float) -> RunId | None:
         """The run for which a device that is there still measures what it has sent."""
-        return self._measuring.get(device_id) if self.is_online(device_id, at) else None
+        return self._present[device_id].measures if self.is_online(device_id, at) else None
 
     def forget_device(self, device_id: DeviceId) -> None:
         """The device may not work any more."""
         self._present.pop(device_id, None)
-        self._measuring.pop(device_id, None)
         self.device_changed(device_id)
 
     def available(self, at: float) -> Available:

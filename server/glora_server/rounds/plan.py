@@ -151,7 +151,7 @@ def staff(
     ready = [candidate for candidate in pool if candidate.device_id not in later]
     rest = [candidate for candidate in pool if candidate.device_id in later]
     rng = random.Random(seed)  # noqa: S311 - sampling, not a secret
-    chosen = _draw(ready, min(invited, len(ready)), policy.sampling, rng)
+    chosen = _draw(ready, invited, policy.sampling, rng)
     chosen += _draw(rest, invited - len(chosen), policy.sampling, rng)
     picks = tuple(Pick(device_id=c.device_id, rank=rank_for(c, max_rank)) for c in chosen)
     return Staffing(picks=picks, target=min(wanted, len(picks)) if policy.target_devices else 0)
