@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
@@ -33,9 +32,11 @@ def make_sure(question: str, *, yes: bool) -> None:
 
     Raises REQUEST_INVALID otherwise.
     """
-    sure = yes
-    with contextlib.suppress(typer.Abort):
-        sure = sure or typer.confirm(question, err=True)
+    try:
+        sure = yes or typer.confirm(question, err=True)
+    except typer.Abort:
+        sure = False
+        typer.echo(err=True)  # nobody has ended the question's line
     if not sure:
         raise GloraError(Reason.REQUEST_INVALID, "Nothing was done; --yes does it without asking.")
 
