@@ -111,8 +111,12 @@ def singular_values(core: Tensor) -> Tensor:
 def core_svd(left: Tensor, right: Tensor) -> CompactSvd:
     r"""SVD of :math:`X = L R^\top` from :math:`L = Q_LT_L,\ R = Q_RT_R` and the SVD of :math:`T_LT_R^\top`.
 
-    left (d×k), right (n×k), float64. Returns u (d×m), sigma (m), v (n×m) with m = min(d, n, k). O((d + n)k² + k³).
+    left (d×k), right (n×k), float64. Returns u (d×m), sigma (m), v (n×m) with m = min(d, n, k). O((d + n)k² + k³);
+    with more columns than X has on its short side X itself is the smaller core, O(dnk + dn·m) and no larger than the
+    factors.
     """
+    if left.shape[-1] > min(left.shape[-2], right.shape[-2]):
+        return svd(left @ right.mT)
     q_left, t_left = torch.linalg.qr(left)
     q_right, t_right = torch.linalg.qr(right)
     core = svd(t_left @ t_right.mT)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glora_server.aggregation.product import times_transposed
 
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 1 << 20
 _SIDE_BY_SIDE = 1 << 19
 """Numbers of factors that are copied side by side for one product: with more, they leave a core's own cache."""
 _LEAST_WIDE = 128

@@ -18,7 +18,7 @@ from torch import Tensor
 from glora_server.aggregation.diagnostics import Diagnostics, coverage, principal_angles
 from glora_server.aggregation.factors import ClientUpdate, CompactSvd
 from glora_server.aggregation.fast.intake import VoteRule, module_round, read_groups
-from glora_server.aggregation.fast.operator import raw_sum
+from glora_server.aggregation.fast.operator import probed_sum
 from glora_server.aggregation.fast.survey import ROUNDING, Survey, fold, images
 from glora_server.aggregation.rules import Rule
 from glora_server.aggregation.state import LayerState
@@ -58,7 +58,7 @@ def estimated_diagnostics(
 def _survey(updates: Sequence[ClientUpdate], weights: Sequence[float], basis: Tensor) -> Survey:
     module = module_round(_AS_UPLOADED, None, updates, weights)
     groups = read_groups(_AS_UPLOADED, [module], stack=basis.is_cuda)
-    probed = images(groups, _AS_UPLOADED, raw_sum(groups, [group.weighted_probes for group in groups]))
+    probed = images(groups, _AS_UPLOADED, probed_sum(groups))
     return Survey(
         groups=groups,
         spectrum=basis.new_zeros((1, 0)),

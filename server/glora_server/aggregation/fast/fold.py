@@ -72,8 +72,8 @@ def _computed(
     if not pays(groups, rank):
         return None
     known = [None if module.held is None else module.held.u for module in modules]
-    span = leading(groups, rule.voting.subspace, rank, known=known, extra=[group.weighted_probes for group in groups])
-    probed = images(groups, rule, span.extra)
+    span = leading(groups, rule.voting.subspace, rank, known=known)
+    probed = images(groups, rule, span.probed)
     folded = fold(groups, span.basis, probed)
     states = _states(groups, span.basis, folded.inside, rank=rank)
     survey = Survey(groups=groups, spectrum=span.spectrum, basis=span.basis, images=probed, folded=folded)

@@ -82,19 +82,17 @@ class ModuleRound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Devices of one rank r that share a tail, float64.
+    """Devices of one rank r that share a tail, float64 but for the probes.
 
     `batch`: factors as uploaded or refactored, p_i, f_i; `clients`: their places in the round; `units`: E_i, and N_i by
-    its lift and shift; `fold` (M×m×r×r), `cross` (M×m×c×r): B_i = U_T·cross + N_i·fold; `gram_b`, `gram_a` (M×m×r×r),
-    `gram_sent` (M×m×q×r), `probed` (M×m×r×k): BᵀB, AAᵀ, B0ᵀB, A·Ω with the columns of `probes`; `vote`
-    (M×m×(c+r)×(c+r)): p_iW_i in [U_T N_i]; `votes` (M×m): how many directions count;
-    `norms` ‖ΔW_i‖ and `changes` ‖D_i‖ (M×m).
+    its lift and shift; `cross` (M×m×c×r), `gram_b`, `gram_a` (M×m×r×r), `gram_sent` (M×m×q×r), `probed` (M×m×r×k):
+    U_TᵀB, BᵀB, AAᵀ, B0ᵀB, A·Ω with the columns of `probes`; `vote` (M×m×(c+r)×(c+r)): p_iW_i in [U_T N_i]; `votes`
+    (M×m): how many directions count; `norms` ‖ΔW_i‖ and `changes` ‖D_i‖ (M×m).
     """
 
     batch: Batch
     clients: tuple[int, ...]
     units: Units
-    fold: Tensor
     cross: Tensor
     gram_b: Tensor
     gram_a: Tensor
@@ -124,6 +122,11 @@ class Group:
         """p_iW_i in [U_T E_i]."""
         return torch.where(self.units.plain[..., None, None], _in_raw(self.vote, self.units), self.vote)
 
+    def fold(self) -> Tensor:
+        """N_iᵀB_i (M×m×r×r): B_i = U_T·cross + N_i·fold."""
+        found: Tensor = self.units.lift.mT @ (self.gram_b - self.cross.mT @ self.cross)
+        return found
+
     @property
     def columns(self) -> int:
         """How many columns [U_T E_1 … E_m] has."""
@@ -136,7 +139,7 @@ class Group:
 
     @property
     def weighted_probes(self) -> Tensor:
-        """p_if_iA_iΩ (M×m×r×k, float32): ΣB_i times these is the mean of the uploads, probed."""
+        """p_if_iA_iΩ (M×m×r×k): ΣB_i times these is the mean of the uploads, probed."""
         return (self.weights * self.probed).float()
 
 
@@ -251,12 +254,11 @@ def _group(rule: VoteRule, batch: Batch, clients: tuple[int, ...], modules: Sequ
         batch=batch,
         clients=clients,
         units=units,
-        fold=cores.beyond.fold * cores.norms[..., None, :],
         cross=grams.cross,
         gram_b=grams.b,
         gram_a=grams.a,
         gram_sent=grams.sent,
-        probed=grams.probed,
+        probed=grams.probed.float(),  # that is what they were summed in
         vote=vote,
         votes=votes,
         norms=cores.product * batch.gain / rule.step,

@@ -181,10 +181,10 @@ def shared_tails(groups: Sequence[Group]) -> list[SharedTail]:
     return [SharedTail(group) for group in groups]
 
 
-def raw_sum(groups: Sequence[Group], coefficients: Sequence[Tensor]) -> Tensor:
-    """ΣB_i·coefficients_i (M×d×l), float32, for coefficients M×m×r×l, group by group."""
+def probed_sum(groups: Sequence[Group]) -> Tensor:
+    """Σp_if_iB_iA_iΩ (M×d×k), float32."""
     parts = [
         group.devices.columns(group.units, torch.float32, keep=False).combined(part[..., :0], part)
-        for group, part in zip(groups, coefficients, strict=True)
+        for group, part in ((group, group.weighted_probes) for group in groups)
     ]
     return torch.stack(parts).sum(dim=0)

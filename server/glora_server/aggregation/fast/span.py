@@ -27,7 +27,7 @@ from torch import Tensor
 
 from glora_server.aggregation.fast.devices import unit_columns
 from glora_server.aggregation.fast.intake import Group
-from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, raw_sum
+from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, probed_sum
 from glora_server.aggregation.fast.probes import gaussian
 from glora_server.aggregation.product import times_transposed
 from glora_server.aggregation.subspace import Subspace
@@ -53,12 +53,13 @@ _ROUNDING = 1e-6
 class Span:
     """`basis` (M×d×R, float64: orthonormal columns, then zero ones where K has a smaller rank).
 
-    `spectrum` (M×…): the falling eigenvalues found, one beyond R where K has it; `extra`: ΣB_i·extra_i as asked for.
+    `spectrum` (M×…): the falling eigenvalues found, one beyond R where K has it; `probed` (M×d×k): the mean of the
+    uploads on the probes, Σp_if_iB_iA_iΩ, which rides along with the last product.
     """
 
     basis: Tensor
     spectrum: Tensor
-    extra: Tensor
+    probed: Tensor
 
 
 def prefers_gram(groups: Sequence[Group], rank: int) -> bool:
@@ -78,18 +79,17 @@ def leading(
     rank: int,
     *,
     known: Sequence[Tensor | None],
-    extra: Sequence[Tensor],
 ) -> Span:
     """TopEig_R(K); `known` (d×k, orthonormal) is where each module's space was in the last round."""
     if prefers_gram(groups, rank):
-        return _by_gram(groups, subspace, rank, extra)
+        return _by_gram(groups, subspace, rank)
     bounded = subspace in {Subspace.PROJECTOR, Subspace.RIDGE}
     operator: Operator = MeanOperator(groups) if subspace is Subspace.MEAN else VoteOperator(groups, bounded=bounded)
     floor = _LOW_ROUNDING if bounded else _ROUNDING
     start = _start(operator if bounded else None, groups, rank, known)
     coefficients, values = _Krylov(operator, rank, floor=floor).run(start)
-    image, more = operator.finished(coefficients, extra)
-    return Span(basis=_orthonormal_image(image), spectrum=values, extra=more)
+    image, probed = operator.finished(coefficients, [group.weighted_probes for group in groups])
+    return Span(basis=_orthonormal_image(image), spectrum=values, probed=probed)
 
 
 def _columns(groups: Sequence[Group]) -> int:
@@ -259,7 +259,7 @@ def _orthonormal_image(image: Tensor) -> Tensor:
     return basis.flip(2)
 
 
-def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int, extra: Sequence[Tensor]) -> Span:
+def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int) -> Span:
     frame = _frame(groups)
     core = _mean_core(groups) if subspace is Subspace.MEAN else _vote_core(groups)
     squares, turn = torch.linalg.eigh(frame @ frame.mT)
@@ -270,7 +270,7 @@ def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int, extra: Sequ
     values, ritz = values.flip(1).clamp(min=0), ritz.flip(2)[..., :rank]
     ritz = ritz * (values[:, :rank] > 1e-13 * values[:, :1])[:, None]
     back = _inverse_roots(squares, turn, 1e-13 * squares[:, -1:])
-    return Span(basis=frame.mT @ (back @ ritz), spectrum=values, extra=raw_sum(groups, extra))
+    return Span(basis=frame.mT @ (back @ ritz), spectrum=values, probed=probed_sum(groups))
 
 
 def _frame(groups: Sequence[Group]) -> Tensor:
@@ -318,7 +318,7 @@ def _mean_core(groups: Sequence[Group]) -> Tensor:
         tail, share = group.tail, group.batch.share.sum(dim=1)[:, None, None]
         weighted = group.weights * _factors(group)[1].double()
         on_tail = (tail.v * tail.sigma[:, None]).mT * share + (group.cross @ weighted).sum(dim=1)
-        parts += [on_tail, (group.fold @ weighted).flatten(1, 2)]
+        parts += [on_tail, (group.fold() @ weighted).flatten(1, 2)]
     right = torch.cat(parts, dim=1)
     core: Tensor = right @ right.mT
     return core

@@ -177,7 +177,7 @@ def _clients(group: Group, survey: Survey, position: int) -> list[list[ClientDia
 
 def _cosines(group: Group, survey: Survey, position: int) -> tuple[Tensor, Tensor]:
     """Of ΔW_i to their mean and of D_i to theirs (M×m), between the probed images."""
-    seen, sent = group.probed, survey.images.sent[position].double()
+    seen, sent = group.probed.double(), survey.images.sent[position].double()
     probed, gain, k = survey.folded.probed[position].double().mT, group.batch.gain, PROBES
     changes = survey.images.changes.double()
     to_updates = (seen * probed[..., :k]).sum(dim=(-2, -1))
