@@ -140,10 +140,9 @@ class TinyNumerics(NumericsEngine):
         assert round_index >= 0
         return _GLORA
 
-    async def check_strategy(self, choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) -> Refusal | None:
+    async def check_strategy(self, choice: StrategyChoice, *, min_rank: int, max_rank: int) -> Refusal | None:
         self._begin("check_strategy")
-        assert max_rank >= 1
-        assert mixed_ranks or max_rank == 1
+        assert 1 <= min_rank <= max_rank
         if choice.name != "glora":
             return Refusal(reason=Reason.STRATEGY_UNKNOWN, message=f"There is no strategy {choice.name!r}.")
         return None

@@ -115,7 +115,7 @@ async def test_verdicts_and_errors_cross_the_pipe(engine: LocalEngine, tmp_path:
     with pytest.raises(GloraError, match=r"nowhere\.st") as caught:
         await engine.aggregate(cases.folding((), (missing,)))
     assert caught.value.reason is Reason.PAYLOAD_MALFORMED
-    refusal = await engine.check_strategy(StrategyChoice(name="magic", options={}), max_rank=8, mixed_ranks=True)
+    refusal = await engine.check_strategy(StrategyChoice(name="magic", options={}), min_rank=1, max_rank=8)
     assert refusal is not None
     assert refusal.reason is Reason.STRATEGY_UNKNOWN
     assert "glora" in {info.name for info in await engine.strategies()}

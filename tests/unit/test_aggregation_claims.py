@@ -109,14 +109,15 @@ def test_strategies_that_claim_no_exactness_miss_the_mean(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_ranks_may_differ_exactly_where_a_strategy_says_so(name: str) -> None:
     strategy = STRATEGIES[name]
-    strategy.check_plan(EQUAL)
+    options = check_options(name, {})
+    strategy.check_plan(EQUAL, options)
     updates = contract_round(name, ranks=MIXED)
     if strategy.properties.mixed_ranks:
-        strategy.check_plan(MIXED)
+        strategy.check_plan(MIXED, options)
         fold(name, updates)
     else:
         with pytest.raises(e.MixedRanksError, match="2, 3, 4"):
-            strategy.check_plan(MIXED)
+            strategy.check_plan(MIXED, options)
         with pytest.raises(e.MixedRanksError, match=name):
             fold(name, updates)
 

@@ -247,18 +247,18 @@ def test_strategies_declare_what_they_need() -> None:
 
 def test_plans_are_checked() -> None:
     glora = STRATEGIES["glora"]
-    glora.check_plan([2, 4, 8])
+    glora.check_plan([2, 4, 8], {})
     with pytest.raises(e.RankError):
-        glora.check_plan([2, 0])
+        glora.check_plan([2, 0], {})
     with pytest.raises(e.EmptyUpdatesError):
-        glora.check_plan([])
+        glora.check_plan([], {})
 
     class EqualRanks(Glora):
         properties = replace(glora.properties, mixed_ranks=False)
 
-    EqualRanks().check_plan([4, 4])
+    EqualRanks().check_plan([4, 4], {})
     with pytest.raises(e.MixedRanksError, match="2, 4"):
-        EqualRanks().check_plan([4, 2])
+        EqualRanks().check_plan([4, 2], {})
 
 
 def test_norms_come_from_qr_cores_and_survive_a_bad_gauge() -> None:

@@ -13,7 +13,7 @@ SERVED = set(STRATEGIES) - NOT_SERVED
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
 def test_contracts_that_are_not_served_are_refused_before_the_first_round(name: str) -> None:
-    verdict = catalogue.check_strategy(StrategyChoice(name=name, options={}), max_rank=8, mixed_ranks=False)
+    verdict = catalogue.check_strategy(StrategyChoice(name=name, options={}), min_rank=8, max_rank=8)
     if name in SERVED:
         assert verdict is None
     else:
@@ -24,16 +24,34 @@ def test_contracts_that_are_not_served_are_refused_before_the_first_round(name: 
 
 @pytest.mark.parametrize("name", sorted(SERVED))
 def test_mixed_ranks_are_refused_before_the_first_round_where_the_method_has_none(name: str) -> None:
-    verdict = catalogue.check_strategy(StrategyChoice(name=name, options={}), max_rank=8, mixed_ranks=True)
+    verdict = catalogue.check_strategy(StrategyChoice(name=name, options={}), min_rank=2, max_rank=8)
     assert (verdict is None) is STRATEGIES[name].properties.mixed_ranks
 
 
 def test_options_that_do_not_go_together_are_refused_before_the_first_round() -> None:
     choice = StrategyChoice(name="glora", options={"subspace": "mean", "anchor": 0.5})
-    verdict = catalogue.check_strategy(choice, max_rank=8, mixed_ranks=True)
+    verdict = catalogue.check_strategy(choice, min_rank=2, max_rank=8)
     assert verdict is not None
     assert verdict.reason is Reason.STRATEGY_OPTIONS
     assert "anchor" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("levels", "missing"), [("4", "rank 2"), ("2", "columns 3 to 8"), ("4,8", "rank 2"), ("2,4,6", "columns 7 to 8")]
+)
+def test_slices_that_leave_something_out_are_refused_before_the_first_round(levels: str, missing: str) -> None:
+    """A device of rank 2 would have no slice, or what large ones learn beyond the last one would be thrown away."""
+    choice = StrategyChoice(name="raflora", options={"levels": levels})
+    verdict = catalogue.check_strategy(choice, min_rank=2, max_rank=8)
+    assert verdict is not None
+    assert verdict.reason is Reason.STRATEGY_OPTIONS
+    assert missing in verdict.message
+
+
+@pytest.mark.parametrize("levels", ["2,4,8", "1,8", "2, 3, 16"])
+def test_slices_that_reach_all_ranks_are_taken(levels: str) -> None:
+    choice = StrategyChoice(name="raflora", options={"levels": levels})
+    assert catalogue.check_strategy(choice, min_rank=2, max_rank=8) is None
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))

@@ -233,5 +233,7 @@ def test_catalogue_names_what_the_protocol_knows() -> None:
 def test_strategy_is_checked_with_its_options(
     name: str, options: dict[str, str | float | int | bool], max_rank: int, reason: Reason | None
 ) -> None:
-    refusal = catalogue.check_strategy(StrategyChoice(name=name, options=options), max_rank=max_rank, mixed_ranks=True)
+    refusal = catalogue.check_strategy(
+        StrategyChoice(name=name, options=options), min_rank=min(1, max_rank), max_rank=max_rank
+    )
     assert (refusal.reason if refusal else None) is reason

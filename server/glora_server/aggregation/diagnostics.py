@@ -25,7 +25,8 @@ class ClientDiagnostics:
     `share` is p_i; `votes` the number of directions it voted for (None where nobody votes); norms are Frobenius
     norms of ΔW_i and of the change D_i = X_i − S; cosines compare ΔW_i and D_i with their weighted means (0 when
     either is zero);
-    `capture` = ‖P·ΔW_i‖/‖ΔW_i‖, low when the client is orthogonal to the consensus (1 for a zero update).
+    `capture` = ‖P·ΔW_i‖/‖ΔW_i‖, low when the client is orthogonal to the consensus (1 for a zero update); `influence`
+    ‖D̄ − D̄_{−i}‖/‖D̄‖: how far the mean change D̄ moves when the client is left out (see `influence`).
     """
 
     rank: int
@@ -36,6 +37,7 @@ class ClientDiagnostics:
     cosine: float
     change_cosine: float
     capture: float
+    influence: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +52,12 @@ class PrincipalAngles:
 class Diagnostics:
     """One module in one round.
 
-    `eigenvalues` of K, the R largest (empty where no K is used); `eigengap` λ_R − λ_{R+1}; `sigma` of the new state;
-    `mean_norm` ‖ΣpX‖_F; `captured_energy` ‖S'‖²/‖ΣpX‖² and `truncation_error` ‖S' − ΣpX‖/‖ΣpX‖ (1 and 0 when ΣpX = 0);
-    `coverage` w_j = Σ_{i: r_i ≥ j} p_i for j = 1…R; `angles` to the previous version, None when either is the zero
-    state.
+    `eigenvalues` of K, the R largest (empty where no K is used); `eigengap` λ_m − λ_{m+1} at the end of the common
+    space, m = min(R, rank of K); `sigma` of the new state; `mean_norm` ‖ΣpX‖_F; `captured_energy` ‖S'‖²/‖ΣpX‖² and
+    `truncation_error` ‖S' − ΣpX‖/‖ΣpX‖ (1 and 0 when ΣpX = 0), S' with what is kept of it beyond R;
+    `aggregation_bias` ‖T − ΣpX‖/‖ΣpX‖, T what the strategy would keep at any R: 0 for exact ones, and for others the
+    part of the error, and of an energy above 1, that no larger R mends; `coverage` w_j = Σ_{i: r_i ≥ j} p_i for
+    j = 1…R; `angles` to the previous version, None when either is the zero state.
     """
 
     eigenvalues: tuple[float, ...]
@@ -62,6 +66,7 @@ class Diagnostics:
     mean_norm: float
     captured_energy: float
     truncation_error: float
+    aggregation_bias: float
     coverage: tuple[float, ...]
     clients: tuple[ClientDiagnostics, ...]
     angles: PrincipalAngles | None
@@ -79,6 +84,25 @@ def coverage(updates: Sequence[ClientUpdate], weights: Sequence[float], rank: in
     """w_j for j = 1 … rank: the share of the weight that could train direction j."""
     pairs = [(update.rank, weight) for update, weight in zip(updates, weights, strict=True)]
     return tuple(math.fsum(weight for own, weight in pairs if own >= j) for j in range(1, rank + 1))
+
+
+def eigengap(spectrum: Sequence[float], kept: int) -> float:
+    """λ_kept − λ_{kept+1} of falling eigenvalues, which are zero beyond their end; 0 when nothing is kept."""
+    padded = [*spectrum[: kept + 1], 0.0, 0.0]
+    return padded[kept - 1] - padded[kept] if kept else 0.0
+
+
+def influence(share: float, norm: float, cosine: float, mean_norm: float) -> float:
+    """p/(1 − p)·‖D − D̄‖/‖D̄‖ from p, ‖D‖, cos(D, D̄) and ‖D̄‖: how far D̄ moves when one client's D is left out.
+
+    1 for a client alone, infinite where all others' changes and this one cancel.
+    """
+    if share >= 1.0:
+        return 1.0
+    apart = math.sqrt(max(0.0, norm * norm - 2 * cosine * norm * mean_norm + mean_norm * mean_norm))
+    if apart == 0.0:
+        return 0.0
+    return share / (1.0 - share) * apart / mean_norm if mean_norm else math.inf
 
 
 def principal_angles(previous: LayerState | None, current: LayerState) -> PrincipalAngles | None:
@@ -163,9 +187,10 @@ def client_diagnostics(
     basis: Tensor,
 ) -> tuple[ClientDiagnostics, ...]:
     """One record per client; `basis` (q×m, frame coordinates, orthonormal) spans what the new state can hold."""
-    cosines = _cosines(terms, terms.updates, products.updates, [own.update for own in norms])
-    same = products.changes is products.updates
-    change_cosines = cosines if same else _cosines(terms, terms.changes, products.changes, [x.change for x in norms])
+    cosines, mean_norm = _cosines(terms, terms.updates, products.updates, [own.update for own in norms])
+    change_cosines = cosines
+    if products.changes is not products.updates:
+        change_cosines, mean_norm = _cosines(terms, terms.changes, products.changes, [own.change for own in norms])
     inside = terms.frame.inside(basis)
     return tuple(
         ClientDiagnostics(
@@ -177,6 +202,7 @@ def client_diagnostics(
             cosine=cosines[i] if size.update else 0.0,
             change_cosine=change_cosines[i] if size.change else 0.0,
             capture=min(1.0, own.coefficient * inside[own.block] / size.update) if size.update else 1.0,
+            influence=influence(terms.weights[i], size.change, change_cosines[i], mean_norm),
         )
         for i, (update, (own,), size) in enumerate(zip(updates, terms.updates, norms, strict=True))
     )
@@ -184,11 +210,11 @@ def client_diagnostics(
 
 def _cosines(
     terms: RoundTerms, combinations: Sequence[Combination], inner: Tensor, norms: Sequence[float]
-) -> list[float]:
-    """cos(X_i, Σp_jX_j) for each combination, 0 where either is zero; `norms` are ‖X_i‖_F."""
+) -> tuple[list[float], float]:
+    """cos(X_i, Σp_jX_j) for each combination, 0 where either is zero, and ‖ΣpX‖; `norms` are ‖X_i‖_F."""
     frame, mean = terms.frame, weighted_sum(combinations, terms.weights)
     vectors = torch.stack([frame.coefficients(combination) for combination in combinations])
     mean_norm = (frame.coefficients(mean) @ inner).clamp(min=0).sqrt()
     products = torch.tensor(norms, dtype=inner.dtype, device=inner.device) * mean_norm
     cosines = torch.where(products > 0, vectors @ inner / products.clamp(min=torch.finfo(inner.dtype).tiny), 0.0)
-    return [float(cosine) for cosine in cosines.clamp(-1.0, 1.0).tolist()]
+    return [float(cosine) for cosine in cosines.clamp(-1.0, 1.0).tolist()], float(mean_norm)

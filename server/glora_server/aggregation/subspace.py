@@ -29,6 +29,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from glora_server.aggregation.diagnostics import eigengap
 from glora_server.aggregation.factors import EPS, CompactSvd, numerical_rank, svd
 from glora_server.aggregation.frame import rounding_floor
 from glora_server.aggregation.rules import ClientNorms, RoundTerms
@@ -59,10 +60,10 @@ class Consensus:
     votes: tuple[int, ...]
     norms: tuple[ClientNorms, ...]
 
-    def eigengap(self, rank: int) -> float:
-        """λ_R − λ_{R+1}; the spectrum counts as zero beyond its end."""
-        padded = [*self.spectrum[: rank + 1].tolist(), 0.0, 0.0]
-        return padded[rank - 1] - padded[rank] if rank <= len(self.spectrum) else 0.0
+    @property
+    def eigengap(self) -> float:
+        """λ_m − λ_{m+1}: how clearly the basis ends where it does."""
+        return eigengap(self.spectrum.tolist(), self.basis.shape[1])
 
 
 def reveal(terms: RoundTerms, rank_tol: float) -> tuple[tuple[CompactSvd, ClientNorms], ...]:

@@ -56,9 +56,8 @@ class RunStarter:
     async def check_strategy(self, spec: RunSpec) -> None:
         """Return when the strategy can serve the run's options and ranks; raises what speaks against it."""
         choice = StrategyChoice(name=spec.strategy.name, options=spec.strategy.options)
-        mixed = spec.policy.min_rank < spec.lora.max_rank
         refusal = await retrying(
-            lambda: self.numerics.check_strategy(choice, max_rank=spec.lora.max_rank, mixed_ranks=mixed)
+            partial(self.numerics.check_strategy, choice, min_rank=spec.policy.min_rank, max_rank=spec.lora.max_rank)
         )
         if refusal is not None:
             raise GloraError(refusal.reason, refusal.message)

@@ -59,18 +59,18 @@ def contract(choice: StrategyChoice, *, round_index: int) -> ClientContract:
         raise _refused(error) from error
 
 
-def check_strategy(choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) -> Refusal | None:
+def check_strategy(choice: StrategyChoice, *, min_rank: int, max_rank: int) -> Refusal | None:
     """Why the strategy cannot serve a run with these options and ranks; None when it can."""
     try:
         options = check_options(choice.name, choice.options)
         strategy = find_strategy(choice.name)
-        strategy.check_plan((max_rank,))
-        if mixed_ranks and not strategy.properties.mixed_ranks:
+        if min_rank < max_rank and not strategy.properties.mixed_ranks:
             return Refusal(
                 reason=Reason.SPEC_INVALID,
                 message=f"Strategy {choice.name} needs one rank for all devices; set policy.min_rank = {max_rank}, "
                 "which is lora.max_rank, or choose a strategy that mixes ranks, such as glora.",
             )
+        strategy.check_plan((min_rank, max_rank), options)
         for index in range(_ROUNDS_THAT_DIFFER):
             missing = _not_served(choice.name, strategy.contract(options, round_index=index))
             if missing is not None:

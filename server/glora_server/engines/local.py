@@ -140,9 +140,9 @@ class LocalEngine(NumericsEngine):
         return cast("StrategyInfo", await self._submit(DescribeStrategy(choice=choice, round_index=round_index)))
 
     async def check_strategy(  # noqa: D102
-        self, choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool
+        self, choice: StrategyChoice, *, min_rank: int, max_rank: int
     ) -> Refusal | None:
-        question = CheckStrategy(choice=choice, max_rank=max_rank, mixed_ranks=mixed_ranks)
+        question = CheckStrategy(choice=choice, min_rank=min_rank, max_rank=max_rank)
         return cast("Refusal | None", await self._submit(question))
 
     async def _submit(self, job: Job | None) -> Result:

@@ -39,8 +39,8 @@ class CheckStrategy:
     """Ask whether a strategy can serve a run."""
 
     choice: StrategyChoice
+    min_rank: int
     max_rank: int
-    mixed_ranks: bool
 
 
 Job = InitialiseJob | RenderJob | CheckJob | AggregateJob | ListStrategies | DescribeStrategy | CheckStrategy

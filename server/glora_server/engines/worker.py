@@ -170,7 +170,7 @@ def _run(job: Job, means: _Means) -> Result:
         case DescribeStrategy():
             return catalogue.describe(job.choice, round_index=job.round_index)
         case CheckStrategy():
-            return catalogue.check_strategy(job.choice, max_rank=job.max_rank, mixed_ranks=job.mixed_ranks)
+            return catalogue.check_strategy(job.choice, min_rank=job.min_rank, max_rank=job.max_rank)
         case _:
             assert_never(job)
 

@@ -36,7 +36,7 @@ def estimated_diagnostics(
     new: LayerState,
     rank: int,
 ) -> Diagnostics:
-    """The record of a round whose new model is the leading part of `model` that `new` keeps; nobody votes."""
+    """The record of a round whose new model is `model`, all of which `new` keeps; nobody votes."""
     survey = _survey(updates, weights, model.u[:, : new.rank])
     target = model.sigma[: new.rank, None] * model.v[:, : new.rank].mT
     inside = survey.folded.inside[0].to(target.dtype)
@@ -49,6 +49,7 @@ def estimated_diagnostics(
         mean_norm=norm,
         captured_energy=(_norm(target) / norm) ** 2 if norm else 1.0,
         truncation_error=error / norm if error > ROUNDING * norm else 0.0,
+        aggregation_bias=error / norm if error > ROUNDING * norm else 0.0,
         coverage=coverage(updates, weights, rank),
         clients=tuple(replace(client, votes=None) for client in survey.clients[0]),
         angles=principal_angles(previous, new),

@@ -15,7 +15,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.diagnostics import ClientDiagnostics, Diagnostics, coverage, principal_angles
+from glora_server.aggregation.diagnostics import (
+    ClientDiagnostics,
+    Diagnostics,
+    coverage,
+    eigengap,
+    influence,
+    principal_angles,
+)
 from glora_server.aggregation.fast.intake import Group, ModuleRound, VoteRule
 from glora_server.aggregation.fast.operator import shared_tails
 from glora_server.aggregation.fast.probes import PROBES, probes
@@ -98,9 +105,25 @@ class Survey:
         for position, (module, new) in enumerate(zip(modules, states, strict=True)):
             held, lost = inside[position], self.lost[position]
             lost = 0.0 if lost <= ROUNDING * held else lost
-            spectrum = self.spectrum[position].tolist()
-            found.append(_record(module, new, self.clients[position], spectrum, inside=held, outside=lost, rank=rank))
+            found.append(self._record(position, module, new, inside=held, outside=lost, rank=rank))
         return found
+
+    def _record(
+        self, position: int, module: ModuleRound, new: LayerState, *, inside: float, outside: float, rank: int
+    ) -> Diagnostics:
+        spectrum, mean_norm = self.spectrum[position].tolist(), math.hypot(inside, outside)
+        return Diagnostics(
+            eigenvalues=tuple(spectrum[:rank]),
+            eigengap=eigengap(spectrum, int(self.basis[position].any(dim=0).sum())),
+            sigma=tuple(new.sigma.tolist()),
+            mean_norm=mean_norm,
+            captured_energy=(inside / mean_norm) ** 2 if mean_norm else 1.0,
+            truncation_error=outside / mean_norm if mean_norm else 0.0,
+            aggregation_bias=0.0,
+            coverage=coverage(module.updates, module.weights, rank),
+            clients=self.clients[position],
+            angles=principal_angles(module.state, new),
+        )
 
     @cached_property
     def lost(self) -> list[float]:
@@ -125,31 +148,6 @@ class Survey:
         return found
 
 
-def _record(
-    module: ModuleRound,
-    new: LayerState,
-    clients: tuple[ClientDiagnostics, ...],
-    spectrum: Sequence[float],
-    *,
-    inside: float,
-    outside: float,
-    rank: int,
-) -> Diagnostics:
-    mean_norm = math.hypot(inside, outside)
-    padded = [*spectrum[: rank + 1], 0.0, 0.0]
-    return Diagnostics(
-        eigenvalues=tuple(spectrum[:rank]),
-        eigengap=padded[rank - 1] - padded[rank] if rank <= len(spectrum) else 0.0,
-        sigma=tuple(new.sigma.tolist()),
-        mean_norm=mean_norm,
-        captured_energy=(inside / mean_norm) ** 2 if mean_norm else 1.0,
-        truncation_error=outside / mean_norm if mean_norm else 0.0,
-        coverage=coverage(module.updates, module.weights, rank),
-        clients=clients,
-        angles=principal_angles(module.state, new),
-    )
-
-
 def _clients(group: Group, survey: Survey, position: int) -> list[list[ClientDiagnostics]]:
     onto = survey.folded.projected[position].double()
     products = (group.gram_b * group.gram_a).sum(dim=(-2, -1)).clamp(min=0)
@@ -157,6 +155,7 @@ def _clients(group: Group, survey: Survey, position: int) -> list[list[ClientDia
     capture = torch.where(products > 0, (caught / products).sqrt().clamp(max=1.0), 1.0)
     cosines, change_cosines = _cosines(group, survey, position)
     columns = (group.batch.share, group.votes, group.norms, group.changes, cosines, change_cosines, capture)
+    mean_changes = (torch.linalg.matrix_norm(survey.images.changes.double()) / math.sqrt(PROBES)).tolist()
     return [
         [
             ClientDiagnostics(
@@ -168,10 +167,11 @@ def _clients(group: Group, survey: Survey, position: int) -> list[list[ClientDia
                 cosine=cosine if norm else 0.0,
                 change_cosine=change_cosine if change else 0.0,
                 capture=held,
+                influence=influence(share, change, change_cosine, mean_change),
             )
             for share, votes, norm, change, cosine, change_cosine, held in zip(*rows, strict=True)
         ]
-        for rows in zip(*(column.tolist() for column in columns), strict=True)
+        for mean_change, *rows in zip(mean_changes, *(column.tolist() for column in columns), strict=True)
     ]
 
 

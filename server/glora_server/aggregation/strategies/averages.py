@@ -6,7 +6,7 @@ everything that the diagnostics say. Strategies that keep factors have them in t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -117,12 +117,13 @@ def spectral_result(
     *,
     previous: LayerState | None,
     rank: int,
+    exact: bool = False,
     extra: Mapping[str, Tensor] | None = None,
     energy: float | None = None,
     keep_tail: bool = False,
     dtype: torch.dtype | None = None,
 ) -> AggregationResult:
-    """The state whose product is the best rank-R part of `target`, with diagnostics.
+    """The state whose product is the best rank-R part of `target`, with diagnostics; `exact`: target is the mean.
 
     `energy` τ lowers R to the fewest directions that hold τ of ‖target‖². `keep_tail` stores what is beyond R as
     `tail_b`·`tail_a` in `extra`, so that nothing of target is lost.
@@ -152,9 +153,9 @@ def spectral_result(
         sigma=full.sigma[:rank].contiguous(),
         extra=kept,
     )
-    return AggregationResult(
-        state=new, diagnostics=_diagnostics(terms, updates, found=found, previous=previous, new=new, rank=rank)
-    )
+    mean = target if exact else terms.frame.coordinates(terms.mean())
+    outcome = _Outcome(mean=mean, found=found, kept=full.rank if keep_tail else new.rank, exact=exact, new=new)
+    return AggregationResult(state=new, diagnostics=_diagnostics(terms, updates, outcome, previous=previous, rank=rank))
 
 
 def factor_result(
@@ -241,30 +242,45 @@ def model_blocks(state: LayerState | None) -> list[Block]:
     return [block for block in blocks if block.left.shape[1]]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """The mean M, the SVD of what a strategy aimed at (`exact`: M), how many directions are kept of it, the state."""
+
+    mean: Coordinates
+    found: CompactSvd
+    kept: int
+    exact: bool
+    new: LayerState
+
+    def distance(self, directions: int) -> float:
+        """‖M − T_[directions]‖_F, T the target."""
+        return joined([self.mean, from_svd(self.found, directions, sign=-1.0)]).norm()
+
+
 def _diagnostics(
     terms: RoundTerms,
     updates: Sequence[ClientUpdate],
+    outcome: _Outcome,
     *,
-    found: CompactSvd,
     previous: LayerState | None,
-    new: LayerState,
     rank: int,
 ) -> Diagnostics:
-    mean = terms.frame.coordinates(terms.mean())
-    norm = mean.norm()
-    error = joined([mean, from_svd(found, new.rank, sign=-1.0)]).norm()
+    found, new, norm = outcome.found, outcome.new, outcome.mean.norm()
+    norm = norm if norm > rounding_floor(outcome.mean.magnitude()) else 0.0
     norms = client_norms(terms)
-    held = float(torch.linalg.vector_norm(found.sigma[: new.rank]))
+    held = float(torch.linalg.vector_norm(found.sigma[: outcome.kept]))
+    biased = norm and not outcome.exact
     return Diagnostics(
         eigenvalues=(),
         eigengap=None,
         sigma=tuple(new.sigma.tolist()),
         mean_norm=norm,
         captured_energy=(held / norm) ** 2 if norm else 1.0,
-        truncation_error=error / norm if norm else 0.0,
+        truncation_error=outcome.distance(outcome.kept) / norm if norm else 0.0,
+        aggregation_bias=outcome.distance(found.sigma.numel()) / norm if biased else 0.0,
         coverage=coverage(updates, terms.weights, rank),
         clients=client_diagnostics(
-            terms, updates, norms, mean_products(terms, norms), votes=None, basis=found.u[:, : new.rank]
+            terms, updates, norms, mean_products(terms, norms), votes=None, basis=found.u[:, : outcome.kept]
         ),
         angles=principal_angles(previous, new),
     )

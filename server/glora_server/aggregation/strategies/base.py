@@ -152,8 +152,8 @@ class Strategy(Protocol):
         """What devices must do in that round, given resolved options."""
         raise NotImplementedError
 
-    def check_plan(self, ranks: Sequence[int]) -> None:
-        """Raise RankError or MixedRanksError when devices of these ranks cannot take part in one run."""
+    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue]) -> None:  # noqa: ARG002
+        """Raise RankError, MixedRanksError or OptionError when devices of these ranks cannot take part in one run."""
         if not ranks:
             raise EmptyUpdatesError("A plan needs at least one device rank.")
         if min(ranks) < 1:

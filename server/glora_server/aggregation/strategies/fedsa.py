@@ -77,7 +77,7 @@ class Fedsa(Strategy):
         alone = [replace(u, b=eye, a=u.a.to(COMPUTE_DTYPE), scale=1.0, sent=None, sent_scale=None) for u in updates]
         terms = update_terms(alone, weights)
         target: Coordinates = terms.frame.coordinates(terms.mean())
-        seen = spectral_result(self.name, terms, target, alone, previous=None, rank=r).diagnostics
+        seen = spectral_result(self.name, terms, target, alone, previous=None, rank=r, exact=True).diagnostics
         out_features, in_features = updates[0].b.shape[0], updates[0].a.shape[1]
         dtype = state_dtype(updates[0].a.dtype)
         zero = empty_state(out_features, in_features, strategy=self.name, dtype=dtype, device=updates[0].a.device)

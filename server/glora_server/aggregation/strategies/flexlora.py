@@ -54,7 +54,7 @@ class Flexlora(Strategy):
         """M_[R]."""
         terms = update_terms(updates, normalised_weights([update.weight for update in updates]))
         mean = terms.frame.coordinates(terms.mean())
-        return spectral_result(self.name, terms, mean, updates, previous=state, rank=rank)
+        return spectral_result(self.name, terms, mean, updates, previous=state, rank=rank, exact=True)
 
     @override
     def readout(

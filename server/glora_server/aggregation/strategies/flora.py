@@ -75,7 +75,7 @@ class Flora(Strategy):
         stack = {"stack_b": torch.cat([update.b for update in updates], dim=1), "stack_a": torch.cat(scaled)}
         target = terms.frame.coordinates(terms.mean())
         return spectral_result(
-            self.name, terms, target, updates, previous=state, rank=rank, extra=stack, keep_tail=True
+            self.name, terms, target, updates, previous=state, rank=rank, exact=True, extra=stack, keep_tail=True
         )
 
     @override

@@ -58,7 +58,7 @@ class Florist(Strategy):
         terms = update_terms(updates, normalised_weights([update.weight for update in updates]))
         mean = terms.frame.coordinates(terms.mean())
         energy = number(options, "energy")
-        return spectral_result(self.name, terms, mean, updates, previous=state, rank=rank, energy=energy)
+        return spectral_result(self.name, terms, mean, updates, previous=state, rank=rank, exact=True, energy=energy)
 
     @override
     def readout(

@@ -4,7 +4,8 @@ r"""GLoRA: average the true updates, project on the column space that the client
 what U_ref is (`subspace`); neither sees factors, only products, so the result cannot depend on a device's gauge.
 Exact when R spans the union of the column spaces of the X_i.
 
-O((d + n)qΣr + q³) with q = min(Σr, max(d, n)), and no matrix larger than the uploads. Source: arXiv 2605.06733; rules
+O((d + n)qΣr + q³) with q = min(Σr, max(d, n)), where Σr counts the columns of the uploads, of the state and of the
+adapters that were sent, once each; no matrix is larger than the uploads. Source: arXiv 2605.06733; rules
 other than replace, subspaces other than projector, votes by rank and the anchor are ours.
 """
 
@@ -77,7 +78,8 @@ class Glora(Strategy):
         mixed_ranks=True,
         cost="O((d+n)qΣr + q³), q = min(Σr, max(d,n))",
         source="GLoRA (arXiv 2605.06733)",
-        note="wholly exact where R spans all updates; rules frozen_tail and accumulate send (d+n)·R more",
+        note="wholly exact where R spans all updates, of ΔW under replace; the other rules keep more than ΔW says, "
+        "see below; frozen_tail and accumulate send (d+n)·R more",
     )
     options: tuple[Option, ...] = (
         ChoiceOption(
@@ -93,7 +95,9 @@ class Glora(Strategy):
             default=Rule.DELTA.value,
             choices=tuple(Rule),
         ),
-        NumberOption(name="eta", summary="server step on the change, for all rules but replace", default=1.0),
+        NumberOption(
+            name="eta", summary="server step on the change, for all rules but replace, which has none", default=1.0
+        ),
         ChoiceOption(
             name="accuracy",
             summary="exact: 1e-5 of a float64 reference; fast: objective within 1 % (large modules with float32 or "
@@ -107,10 +111,11 @@ class Glora(Strategy):
             default=None,
             at_most=1.0,
         ),
-        NumberOption(name="ridge_tau", summary="relative σ of half a vote in subspace ridge", default=0.1),
+        NumberOption(name="ridge_tau", summary="relative σ of half a vote, for subspace ridge only", default=0.1),
         ChoiceOption(
             name="votes",
-            summary="equal: every direction votes alike; by_rank: a device of many directions has no more vote in all",
+            summary="equal: every direction votes alike; by_rank: a device of many directions has no more vote in all "
+            "(not for subspace mean, where nobody votes)",
             default="equal",
             choices=("equal", "by_rank"),
         ),
@@ -122,7 +127,8 @@ class Glora(Strategy):
         ),
         NumberOption(
             name="energy",
-            summary="keep only as many directions as hold this share of the energy of the mean; R if not given",
+            summary="keep no more directions than the best ones need to hold this share of the energy of the mean; R if "
+            "not given",
             default=None,
             at_most=1.0,
         ),
@@ -219,19 +225,12 @@ class Glora(Strategy):
 
 
 def _parsed(options: Mapping[str, OptionValue]) -> GloraOptions:
-    subspace = Subspace(str(options["subspace"]))
-    anchor = optional_number(options, "anchor")
-    if anchor is not None and subspace not in {Subspace.PROJECTOR, Subspace.RIDGE}:
-        raise OptionError(
-            f"Option 'anchor' mixes bounded votes and subspace {subspace.value!r} counts energy; "
-            "use subspace projector or ridge, or leave the anchor out."
-        )
-    return GloraOptions(
+    chosen = GloraOptions(
         voting=Voting(
-            subspace=subspace,
+            subspace=Subspace(str(options["subspace"])),
             ridge_tau=number(options, "ridge_tau"),
             rank_normalised=options["votes"] == "by_rank",
-            anchor=anchor or 0.0,
+            anchor=optional_number(options, "anchor") or 0.0,
         ),
         rule=Rule(str(options["rule"])),
         eta=number(options, "eta"),
@@ -239,6 +238,26 @@ def _parsed(options: Mapping[str, OptionValue]) -> GloraOptions:
         energy=optional_number(options, "energy"),
         fast=options["accuracy"] == "fast",
     )
+    _check_together(chosen)
+    return chosen
+
+
+def _check_together(chosen: GloraOptions) -> None:
+    """Raise OptionError for what would have no effect, or no meaning, beside the rest."""
+    subspace = chosen.voting.subspace
+    if chosen.voting.anchor and subspace not in {Subspace.PROJECTOR, Subspace.RIDGE}:
+        raise OptionError(
+            f"Option 'anchor' mixes bounded votes and subspace {subspace.value!r} counts energy; "
+            "use subspace projector or ridge, or leave the anchor out."
+        )
+    if chosen.voting.rank_normalised and subspace is Subspace.MEAN:
+        raise OptionError(
+            "Option 'votes' is 'by_rank' and in subspace 'mean' nobody votes; use another subspace, or leave it out."
+        )
+    if chosen.rule is Rule.REPLACE and chosen.eta != 1.0:
+        raise OptionError(
+            f"Option 'eta' is {chosen.eta:g} and rule 'replace' has no step; use another rule, or leave eta out."
+        )
 
 
 def _tolerance(chosen: GloraOptions, updates: Sequence[ClientUpdate]) -> float:
@@ -264,11 +283,12 @@ def _diagnostics(
     norm = math.hypot(inside, outside)
     return Diagnostics(
         eigenvalues=tuple(common.spectrum[:rank].tolist()),
-        eigengap=common.eigengap(rank),
+        eigengap=common.eigengap,
         sigma=tuple(new.sigma.tolist()),
         mean_norm=norm,
         captured_energy=min(1.0, (inside / norm) ** 2) if norm else 1.0,
         truncation_error=outside / norm if norm else 0.0,
+        aggregation_bias=0.0,
         coverage=coverage(updates, terms.weights, rank),
         clients=client_diagnostics(terms, updates, common.norms, products, votes=common.votes, basis=common.basis),
         angles=principal_angles(previous, new),

@@ -3,23 +3,21 @@ r"""HetLoRA: factors padded with zeros and averaged by the norms of their update
 .. math:: p_k = \|\Delta W_k\|_F \,/\, \Sigma_j\|\Delta W_j\|_F,\qquad \bar B = \Sigma p_k[\sqrt{s_k}B_k\ \ 0],\quad
     \bar A = \Sigma p_k[\sqrt{s_k}A_k;\ 0]
 
-A device of rank r gets the first r columns and rows. On the device: the loss + λ·`tail_product`, and after training the
-rank shrinks to ⌊γr⌋ when that product fell (`pruned_rank`). Inexact, and columns carry meaning: depends on the gauge.
+A device of rank r gets the first r columns and rows. Devices prune themselves (`glora_client.pruning`): the loss
++ λ‖B[:, γr:]‖_F‖A[γr:, :]‖_F, and after training the rank shrinks to ⌊γr⌋ when that product fell. Inexact, and columns
+carry meaning: depends on the gauge.
 ‖ΔW_k‖ comes from QR cores. The scale is folded in as √s on both factors (the released reimplementation drops it and
 divides by a wrong one when it loads). When every update is zero, p_k is the share of training rows.
 
-O(N(d + n)(r² + R)). Source: arXiv 2401.06432; `weights` = "rows" is the variant "weighted HetLoRA".
+O(N(d + n)r² + (d + n)R). Source: arXiv 2401.06432; `weights` = "rows" is the variant "weighted HetLoRA".
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from glora_server.aggregation.errors import OptionError
-from glora_server.aggregation.factors import COMPUTE_DTYPE, ClientUpdate, delta_norm, normalised_weights
+from glora_server.aggregation.factors import ClientUpdate, delta_norm, normalised_weights
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey
 from glora_server.aggregation.strategies.averages import (
     SPLIT,
@@ -42,7 +40,7 @@ class Hetlora(Strategy):
         gauge_invariant=False,
         exact=False,
         mixed_ranks=True,
-        cost="O(N(d+n)(r² + R))",
+        cost="O(N(d+n)r² + (d+n)R)",
         source="HetLoRA (arXiv 2401.06432)",
         note="devices may shrink their rank",
     )
@@ -86,21 +84,3 @@ class Hetlora(Strategy):
     ) -> tuple[Tensor, Tensor]:
         """Truncation: the first columns and rows, each divided by √scale; `style` has no meaning here."""
         return factor_readout(state, rank, scale, key=key, power=SPLIT)
-
-
-def tail_product(b: Tensor, a: Tensor, gamma: float) -> float:
-    """‖B[:, ⌊γr⌋:]‖_F·‖A[⌊γr⌋:, :]‖_F, which the device's loss punishes; b (d×r), a (r×n). Raises OptionError."""
-    keep = _kept(b.shape[1], gamma)
-    norms = (torch.linalg.matrix_norm(part.to(COMPUTE_DTYPE)) for part in (b[:, keep:], a[keep:]))
-    return math.prod(float(norm) for norm in norms)
-
-
-def pruned_rank(rank: int, before: float, after: float, gamma: float) -> int:
-    """⌊γr⌋ (at least 1) when training made the tail product smaller, else the rank as it was. Raises OptionError."""
-    return _kept(rank, gamma) if after < before else rank
-
-
-def _kept(rank: int, gamma: float) -> int:
-    if not 0.0 < gamma < 1.0:
-        raise OptionError(f"The pruning factor is {gamma}; use a number between 0 and 1, such as 0.99.")
-    return max(1, math.floor(gamma * rank))

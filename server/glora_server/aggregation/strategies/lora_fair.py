@@ -10,9 +10,13 @@ With :math:`\bar A = P\,\mathrm{diag}(\alpha)\,V^\top` the closed form is
 :math:`MV = \Sigma p_is_iB_i(A_iV)`: nothing is dense and no condition number is squared. `sgd` is the paper's
 objective, descended from ΔB = 0 in exact gradients (the server has no samples to be stochastic about): with
 :math:`Y = \bar B+\Delta B,\ G = M\bar A^\top,\ C = \bar A\bar A^\top` it needs :math:`\langle G,Y\rangle` and
-:math:`\langle YC,Y\rangle` only. It answers with the best ΔB that it has met.
+:math:`\langle YC,Y\rangle` only. Where B̄Ā = 0, which has no cosine, it starts from the closed form. It answers with the
+best ΔB that it has met.
 
-O((d + n)(Σr)r), sgd + T·dr². Depends on the gauge through Ā. Source: arXiv 2411.14961; the closed form is ours.
+λ of the closed form is in units of ĀĀᵀ, √s folded in: with tiny A it holds B back more.
+
+O((d + n)(Σr)r), sgd + (d + n)(Σr)² for ‖M‖ + T·dr². Depends on the gauge through Ā. Source: arXiv 2411.14961; the
+closed form is ours.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +49,7 @@ class LoraFair(Strategy):
         gauge_invariant=False,
         exact=False,
         mixed_ranks=False,
-        cost="O((d+n)(Σr)r), sgd + O(T·dr²)",
+        cost="O((d+n)(Σr)r), sgd + O((d+n)(Σr)² + T·dr²)",
         source="LoRA-FAIR (arXiv 2411.14961)",
         note="the best B for the averaged A, which is what depends on the gauge",
     )
@@ -58,7 +62,12 @@ class LoraFair(Strategy):
         ),
         NumberOption(name="fair_lambda", summary="λ, the weight of staying near B̄", default=0.01),
         NumberOption(name="steps", summary="steps of sgd", default=200.0, at_most=100_000.0, whole=True),
-        NumberOption(name="step_size", summary="first step of sgd relative to ‖B̄‖", default=0.1, at_most=10.0),
+        NumberOption(
+            name="step_size",
+            summary="first step of sgd relative to ‖B̄‖, or to the closed ΔB where that is larger",
+            default=0.1,
+            at_most=10.0,
+        ),
     )
 
     @override
@@ -116,7 +125,10 @@ def descended_correction(
     steps: int,
     step_size: float,
 ) -> Tensor:
-    """ΔB (d×r, float64) of the cosine objective, the best of `steps` normalised steps that shrink as 1/√t."""
+    """ΔB (d×r, float64) of the cosine objective, the best of `steps` normalised steps that shrink as 1/√t.
+
+    Their length follows the closed form's where B̄ nearly cancels: relative to B̄ alone they would lead nowhere.
+    """
     objective = _CosineObjective(
         b=b,
         g=_mean_times(updates, weights, a.mT),
@@ -124,9 +136,14 @@ def descended_correction(
         norm_m=_mean_norm(updates, weights),
         strength=strength,
     )
-    size = step_size * float(torch.linalg.matrix_norm(b))
-    best = here = torch.zeros_like(b)
-    least, slope = objective.at(here)
+    closed = closed_correction(updates, weights, b, a, strength=strength)
+    size = step_size * max(float(torch.linalg.matrix_norm(part)) for part in (b, closed))
+    best = torch.zeros_like(b)
+    least, slope = objective.at(best)
+    here = best if bool(slope.any()) else closed
+    value, slope = objective.at(here)
+    if value < least:
+        least, best = value, here
     for t in range(steps):
         length = float(torch.linalg.matrix_norm(slope))
         if not length > 0:

@@ -4,9 +4,9 @@ r"""raFLoRA: each slice of rank is averaged over the devices that have it, so th
     s_kB_k[:,\,\ell_{h-1}{:}\ell_h]\ A_k[\ell_{h-1}{:}\ell_h,\,:],\qquad S' = S_{[R]}
 
 Levels ℓ_1 < ℓ_2 < … come from the run, never from who took part in the round. Columns above a device's highest level
-are not counted. Without levels every rank is one (this is RB-LoRA's rule as well), which gives the same as any list
-that holds all granted ranks. A slice is lost when no device of that rank takes part, and since columns carry meaning
-the result depends on the gauge as soon as ranks differ.
+are not counted, so levels should hold all granted ranks. Without levels every rank is one (this is RB-LoRA's rule as
+well), which gives the same as any list that holds all granted ranks. A slice is lost when no device of that rank takes
+part, and since columns carry meaning the result depends on the gauge as soon as ranks differ.
 
 O((d + n)(Σr)² + (Σr)³). Source: arXiv 2602.13486.
 """
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from glora_server.aggregation.errors import WeightError
+from glora_server.aggregation.errors import OptionError, WeightError
 from glora_server.aggregation.factors import ClientUpdate, normalised_weights
 from glora_server.aggregation.frame import Coordinates, Term
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, slice_readout
@@ -40,13 +40,33 @@ class Raflora(Strategy):
         note="with equal ranks invariant and exact: the same as flexlora",
     )
     options: tuple[Option, ...] = (
-        RanksOption(name="levels", summary="the ranks that end a slice; every rank if not given"),
+        RanksOption(
+            name="levels",
+            summary="the ranks that end a slice, among them all that devices have, for columns beyond a device's last "
+            "slice are not counted; every rank if not given",
+        ),
     )
 
     @override
     def contract(self, options: Mapping[str, OptionValue], *, round_index: int = 0) -> ClientContract:
         """Readouts are trained and come back whole."""
         return ClientContract()
+
+    @override
+    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue]) -> None:
+        """Every device must have a slice, and the largest ones no columns beyond the last."""
+        super().check_plan(ranks, options)
+        ends = _levels(options)
+        if ends and ends[0] > min(ranks):
+            raise OptionError(
+                f"Option 'levels' begins at {ends[0]}, so that devices of rank {min(ranks)} would have no slice that "
+                f"counts; add their rank to the levels, or admit no device below {ends[0]} (policy.min_rank)."
+            )
+        if ends and ends[-1] < max(ranks):
+            raise OptionError(
+                f"Option 'levels' ends at {ends[-1]}, so that columns {ends[-1] + 1} to {max(ranks)} of the largest "
+                f"devices would not be counted; end it with their rank, {max(ranks)}."
+            )
 
     @override
     def aggregate(
@@ -60,10 +80,8 @@ class Raflora(Strategy):
     ) -> AggregationResult:
         """The sum of the slices, cut to rank R."""
         weights = normalised_weights([update.weight for update in updates])
-        levels = options["levels"]
-        largest = max(update.rank for update in updates)
-        ends = [int(level) for level in str(levels).split(",")] if levels is not None else list(range(1, largest + 1))
-        shares = slice_shares([update.rank for update in updates], weights, ends)
+        ranks = [update.rank for update in updates]
+        shares = slice_shares(ranks, weights, _levels(options) or range(1, max(ranks) + 1))
         terms = update_terms(updates, weights)
         parts = []
         for i, (update, share) in enumerate(zip(updates, shares, strict=True)):
@@ -77,6 +95,12 @@ class Raflora(Strategy):
     ) -> tuple[Tensor, Tensor]:
         """A slice of the state."""
         return slice_readout(state, rank, scale, key=key, style=style)
+
+
+def _levels(options: Mapping[str, OptionValue]) -> list[int]:
+    """ℓ_1, ℓ_2, …; empty where every rank is a level."""
+    levels = options["levels"]
+    return [] if levels is None else [int(level) for level in str(levels).split(",")]
 
 
 def slice_shares(ranks: Sequence[int], weights: Sequence[float], levels: Sequence[int]) -> list[Tensor]:

@@ -191,8 +191,8 @@ class NumericsEngine(Protocol):
         """
         ...
 
-    async def check_strategy(self, choice: StrategyChoice, *, max_rank: int, mixed_ranks: bool) -> Refusal | None:
-        """Why the strategy cannot serve a run with these options and ranks; None when it can."""
+    async def check_strategy(self, choice: StrategyChoice, *, min_rank: int, max_rank: int) -> Refusal | None:
+        """Why the strategy cannot serve a run with these options and devices of these ranks; None when it can."""
         ...
 
 
