@@ -115,7 +115,7 @@ def test_modules_of_one_layout_are_computed_once(monkeypatch: pytest.MonkeyPatch
 
     def counted(
         rule: VoteRule, modules: Sequence[ModuleRound], *, rank: int, stack: bool
-    ) -> list[AggregationResult] | None:
+    ) -> list[AggregationResult | None]:
         sizes.append((len(modules), stack))
         return computed(rule, modules, rank=rank, stack=stack)
 

@@ -115,8 +115,8 @@ def _check(
     round_index: int,
     options: Mapping[str, OptionValue],
 ) -> None:
-    if rank < 1:
-        raise RankError(f"The server rank is {rank}; it must be at least 1.")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise RankError(f"The server rank is {rank!r}; it must be a whole number from 1.")
     check_updates(updates)
     check_uploaded(updates, strategy.contract(options, round_index=round_index).upload, name=strategy.name)
     if state is not None:

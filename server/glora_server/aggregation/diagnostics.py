@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.factors import COMPUTE_DTYPE, ClientUpdate, singular_values
-from glora_server.aggregation.frame import Combination
+from glora_server.aggregation.frame import Combination, rounding_floor
 from glora_server.aggregation.rules import ClientNorms, RoundTerms, weighted_sum
 from glora_server.aggregation.state import LayerState
 
@@ -215,6 +215,7 @@ def _cosines(
     frame, mean = terms.frame, weighted_sum(combinations, terms.weights)
     vectors = torch.stack([frame.coefficients(combination) for combination in combinations])
     mean_norm = (frame.coefficients(mean) @ inner).clamp(min=0).sqrt()
+    mean_norm = torch.where(mean_norm > rounding_floor(frame.magnitude(mean)), mean_norm, 0.0)
     products = torch.tensor(norms, dtype=inner.dtype, device=inner.device) * mean_norm
     cosines = torch.where(products > 0, vectors @ inner / products.clamp(min=torch.finfo(inner.dtype).tiny), 0.0)
     return [float(cosine) for cosine in cosines.clamp(-1.0, 1.0).tolist()], float(mean_norm)

@@ -34,7 +34,7 @@ class DeviceError(AggregationError):
 
 
 class NonFiniteError(AggregationError):
-    """A factor holds NaN or an infinity."""
+    """A factor holds NaN or an infinity, or numbers so large that results would."""
 
     reason = "NON_FINITE"
 

@@ -31,6 +31,9 @@ COMPUTE_DTYPE = torch.float64
 
 EPS = torch.finfo(COMPUTE_DTYPE).eps
 
+_LARGEST = 1e140
+"""Of entries of B times those of A, so that squares of products fit float64; shorter dtypes cannot reach it."""
+
 
 @dataclass(frozen=True, slots=True)
 class ClientUpdate:
@@ -241,6 +244,13 @@ def _check_finite(b: Tensor, a: Tensor, *, name: str) -> None:
                 f"{name} has NaN or infinity in {label}; training diverged or the upload is damaged. "
                 "Reject it and lower the learning rate if it repeats."
             )
+    if b.dtype == COMPUTE_DTYPE and b.numel() and a.numel():
+        top = float(b.abs().max()) * float(a.abs().max())
+        if top > _LARGEST:
+            raise NonFiniteError(
+                f"{name} has numbers whose products reach {top:.3g}, which cannot be computed with; "
+                "training diverged or the upload is damaged. Reject it."
+            )
 
 
 def _check_all_finite(updates: Sequence[ClientUpdate]) -> None:
@@ -248,7 +258,8 @@ def _check_all_finite(updates: Sequence[ClientUpdate]) -> None:
     # Devices of one rank were sent the same tensors.
     sent = {id(factor): factor for update in updates if update.sent is not None for factor in update.sent}
     factors = [*(factor for update in updates for factor in (update.b, update.a)), *sent.values()]
-    if bool(torch.isfinite(torch.stack([factor.sum() for factor in factors])).all()):
+    wide = any(factor.dtype == COMPUTE_DTYPE for factor in factors)
+    if not wide and bool(torch.isfinite(torch.stack([factor.sum() for factor in factors])).all()):
         return
     for position, update in enumerate(updates):
         _check_finite(update.b, update.a, name=f"Update {position}")

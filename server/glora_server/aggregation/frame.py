@@ -60,7 +60,7 @@ class Coordinates:
 
     def magnitude(self) -> float:
         """Σ_k ‖l_k‖‖r_k‖: what rounding errors of any arithmetic on X are relative to."""
-        return float((torch.linalg.vector_norm(self.left, dim=0) * torch.linalg.vector_norm(self.right, dim=0)).sum())
+        return float(_column_magnitudes(self.left, self.right).sum())
 
     def norm(self) -> float:
         """‖X‖_F; a wide stack goes some rows at a time, so that no d×n matrix is needed."""
@@ -84,6 +84,19 @@ class Coordinates:
         t_right = torch.linalg.qr(self.right, mode="r").R
         core: Tensor = t_left @ t_right.mT
         return core
+
+
+def _column_magnitudes(left: Tensor, right: Tensor) -> Tensor:
+    """‖l_k‖‖r_k‖ of the columns; in units of their largest entries where squares overflow."""
+    found: Tensor = torch.linalg.vector_norm(left, dim=0) * torch.linalg.vector_norm(right, dim=0)
+    if bool(torch.isfinite(found).all()):
+        return found
+    tops = [side.abs().amax(dim=0) for side in (left, right)]
+    units = [torch.where(top > 0, top, 1.0) for top in tops]
+    found = units[0] * units[1]
+    for side, unit in zip((left, right), units, strict=True):
+        found = found * torch.linalg.vector_norm(side / unit, dim=0)
+    return found
 
 
 def rounding_floor(magnitude: float) -> float:
@@ -166,8 +179,7 @@ class JointFrame:
 
     @cached_property
     def _magnitudes(self) -> list[float]:
-        norms = torch.linalg.vector_norm(self._left.columns, dim=0)
-        norms = norms * torch.linalg.vector_norm(self._right.columns, dim=0)
+        norms = _column_magnitudes(self._left.columns, self._right.columns)
         found: list[float] = torch.stack([norms[span].sum() for span in self._spans]).tolist()
         return found
 

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.errors import OptionError, RankError, ShapeError
+from glora_server.aggregation.errors import NonFiniteError, OptionError, RankError, ShapeError
 from glora_server.aggregation.factors import (
     COMPUTE_DTYPE,
     CompactSvd,
@@ -99,10 +99,15 @@ def state_from_svd(
 ) -> LayerState:
     """State from a float64 SVD: cut to `rank` and to directions above rounding, signs fixed, rounded to `dtype`.
 
-    `floor` is the absolute size of rounding errors in the singular values.
+    `floor` is the absolute size of rounding errors in the singular values. Raises NonFiniteError.
     """
-    tolerance = 1e-14 if dtype == torch.float64 else 1e-7
-    keep = min(rank, numerical_rank(found.sigma, tolerance=tolerance, floor=floor))
+    tolerance, limits = 1e-14 if dtype == torch.float64 else 1e-7, torch.finfo(dtype)
+    if found.sigma.numel() and not float(found.sigma[0]) <= limits.max:
+        raise NonFiniteError(
+            f"The new state has a singular value of {float(found.sigma[0]):.3g}, which {dtype} cannot hold; "
+            "reject updates of such a norm."
+        )
+    keep = min(rank, numerical_rank(found.sigma, tolerance=tolerance, floor=max(floor, limits.tiny)))
     u, sigma, v = found.u[:, :keep], found.sigma[:keep], found.v[:, :keep]
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True)) if keep else u[:1]
     sign = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
@@ -180,8 +185,8 @@ def refill_rows(live: Tensor, *, first: int, last: int, key: RefillKey) -> Tenso
 
 def check_readout(rank: int, scale: float) -> None:
     """Raise RankError or ScaleError unless an adapter of that rank and scale can be made."""
-    if rank < 1:
-        raise RankError(f"A readout of rank {rank} was asked for; the rank must be at least 1.")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise RankError(f"A readout of rank {rank!r} was asked for; the rank must be a whole number from 1.")
     check_scale(scale, name="The readout")
 
 

@@ -68,7 +68,7 @@ class Batch:
 class Grams:
     """Inner products of devices' factors, float64.
 
-    BᵀB, AAᵀ (M×m×r×r), U_TᵀB, V_TᵀAᵀ (M×m×c×r), B0ᵀB (M×m×q×r), ⟨BA, B0A0⟩ (M×m), and AΩ (M×m×r×k).
+    BᵀB, AAᵀ (M×m×r×r), U_TᵀB, V_TᵀAᵀ (M×m×c×r), B0ᵀB, A0Aᵀ (M×m×q×r), and AΩ (M×m×r×k).
     """
 
     b: Tensor
@@ -76,8 +76,13 @@ class Grams:
     cross: Tensor
     right: Tensor
     sent: Tensor
-    inner: Tensor
+    sent_right: Tensor
     probed: Tensor
+
+    @property
+    def inner(self) -> Tensor:
+        """⟨BA, B0A0⟩ (M×m)."""
+        return (self.sent * self.sent_right).sum(dim=(-2, -1))
 
     def replaced(self, places: tuple[Tensor, Tensor], other: "Grams") -> "Grams":
         """The same with those of some devices replaced; `other` has them along its first dimension."""
@@ -87,7 +92,7 @@ class Grams:
             cross=self.cross.index_put(places, other.cross),
             right=self.right.index_put(places, other.right),
             sent=self.sent.index_put(places, other.sent),
-            inner=self.inner.index_put(places, other.inner),
+            sent_right=self.sent_right.index_put(places, other.sent_right),
             probed=self.probed.index_put(places, other.probed),
         )
 
@@ -238,7 +243,7 @@ def _grams(found: Products, tail: Tail) -> Grams:
         cross=left[..., :c, :],
         right=right[..., :c, :],
         sent=left[..., c:, :],
-        inner=(left[..., c:, :] * right[..., c : c + q, :]).sum(dim=(-2, -1)),
+        sent_right=right[..., c : c + q, :],
         probed=right[..., c + q :, :].mT,
     )
 

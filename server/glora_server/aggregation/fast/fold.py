@@ -36,15 +36,16 @@ def fast_round(
 ) -> AggregationResult | None:
     """The next state of one module and its diagnostics; None where the exact computation is to be used instead.
 
-    That is where `can_do` says so, and for modules so small beside R that the exact computation is no slower. Beyond
+    That is where `can_do` says so, for modules so small beside R that the exact computation is no slower, and where
+    fewer than R directions are strong enough to be seen: weak ones would never get into a state that has room. Beyond
     the inputs this holds at most 10 MiB of reduced copies, one block of factors side by side (2 MiB, or 128 columns
     where those are more), about (3R + 64)·d numbers, some thirty of r² for each device, and of the iteration (R + 16)·d
     for each step and 5 MiB of coefficients.
     """
     if not can_do(rule, updates):
         return None
-    found = _computed(rule, [module_round(rule, state, updates, weights)], rank=rank, stack=False)
-    return None if found is None else found[0]
+    (found,) = _computed(rule, [module_round(rule, state, updates, weights)], rank=rank, stack=False)
+    return found
 
 
 def fast_rounds(rule: VoteRule, modules: Sequence[ModuleRound], *, rank: int) -> list[AggregationResult | None]:
@@ -58,28 +59,30 @@ def fast_rounds(rule: VoteRule, modules: Sequence[ModuleRound], *, rank: int) ->
     results: list[AggregationResult | None] = [None] * len(modules)
     for positions in alike.values():
         found = _computed(rule, [modules[i] for i in positions], rank=rank, stack=True)
-        if found is not None:
-            for position, result in zip(positions, found, strict=True):
-                results[position] = result
+        for position, result in zip(positions, found, strict=True):
+            results[position] = result
     return results
 
 
 def _computed(
     rule: VoteRule, modules: Sequence[ModuleRound], *, rank: int, stack: bool
-) -> list[AggregationResult] | None:
+) -> list[AggregationResult | None]:
     groups = read_groups(rule, modules, stack=stack)
     rank = min(rank, groups[0].devices.shape.d)
     if not pays(groups, rank):
-        return None
+        return [None] * len(modules)
     known = [None if module.held is None else module.held.u for module in modules]
     span = leading(groups, rule.voting.subspace, rank, known=known)
+    if not any(span.whole):
+        return [None] * len(modules)
     probed = images(groups, rule, span.probed)
     folded = fold(groups, span.basis, probed)
     states = _states(groups, span.basis, folded.inside, rank=rank)
     survey = Survey(groups=groups, spectrum=span.spectrum, basis=span.basis, images=probed, folded=folded)
+    told = survey.diagnostics(modules, states, rank=rank)
     return [
-        AggregationResult(state=state, diagnostics=diagnostics)
-        for state, diagnostics in zip(states, survey.diagnostics(modules, states, rank=rank), strict=True)
+        AggregationResult(state=state, diagnostics=diagnostics) if whole else None
+        for state, diagnostics, whole in zip(states, told, span.whole, strict=True)
     ]
 
 
@@ -88,20 +91,13 @@ def _states(groups: Sequence[Group], basis: Tensor, inside: Tensor, *, rank: int
     wide = inside.double()
     turn = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(2).float()
     turned = turn.mT @ inside
-    sigma = torch.linalg.vector_norm(turned, dim=2)
+    sigma = torch.linalg.vector_norm(turned, dim=2, dtype=torch.float64).float()  # whose squares float32 may lack
     v = (turned / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)[..., None]).mT
     u = basis.float() @ turn
-    floors = sum((_ROUNDING * _magnitudes(group) for group in groups), sigma.new_zeros(sigma.shape[0])).tolist()
+    floors = sum((_ROUNDING * group.magnitude for group in groups), sigma.new_zeros(sigma.shape[0])).tolist()
     return [
         state_from_svd(
             CompactSvd(u=u[i], sigma=sigma[i], v=v[i]), rank=rank, dtype=torch.float32, strategy="glora", floor=floor
         )
         for i, floor in enumerate(floors)
     ]
-
-
-def _magnitudes(group: Group) -> Tensor:
-    """Σ_ip_if_iΣ_j‖b_j‖‖a_j‖ (M): what float32 rounding of the mean is relative to."""
-    products = group.gram_b.diagonal(dim1=-2, dim2=-1) * group.gram_a.diagonal(dim1=-2, dim2=-1)
-    own = products.clamp(min=0).sqrt().sum(dim=-1)
-    return (group.batch.share * group.batch.gain * own).sum(dim=1)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.factors import ClientUpdate, core_svd
-from glora_server.aggregation.fast.cores import RESOLUTION, Batch, Cores, Tail, measured
+from glora_server.aggregation.fast.cores import RESOLUTION, Batch, Cores, Grams, Tail, measured
 from glora_server.aggregation.fast.devices import Devices, Listed, Units
+from glora_server.aggregation.fast.sizes import Sizes, frobenius_sizes, spectral_sizes
 from glora_server.aggregation.fast.stacked import Stacked
 from glora_server.aggregation.frame import Block
 from glora_server.aggregation.rules import Rule, SentAdapters, sent_adapters
@@ -126,6 +127,14 @@ class Group:
         """N_iᵀB_i (M×m×r×r): B_i = U_T·cross + N_i·fold."""
         found: Tensor = self.units.lift.mT @ (self.gram_b - self.cross.mT @ self.cross)
         return found
+
+    @property
+    def magnitude(self) -> Tensor:
+        """p_k·Σσ(T_k) + Σ_ip_if_iΣ_j‖b_j‖‖a_j‖ (M): what rounding of the mean is relative to."""
+        products = self.gram_b.diagonal(dim1=-2, dim2=-1) * self.gram_a.diagonal(dim1=-2, dim2=-1)
+        own = products.clamp(min=0).sqrt().sum(dim=-1)
+        tail = self.tail.sigma.sum(dim=1) * self.batch.share.sum(dim=1)
+        return tail + (self.batch.share * self.batch.gain * own).sum(dim=1)
 
     @property
     def columns(self) -> int:
@@ -242,7 +251,7 @@ def _wide(values: Sequence[Sequence[float]], *, like: Tensor) -> Tensor:
 
 def _group(rule: VoteRule, batch: Batch, clients: tuple[int, ...], modules: Sequence[ModuleRound]) -> Group:
     batch, grams, cores = measured(batch)
-    vote, votes = _votes(rule, batch, cores, modules)
+    vote, votes = _votes(rule, batch, grams, cores, modules)
     units = Units(
         lift=cores.beyond.lift / cores.norms[..., :, None],
         shift=(grams.cross / cores.norms[..., None, :]) @ cores.beyond.lift,
@@ -284,34 +293,37 @@ def _in_raw(vote: Tensor, units: Units) -> Tensor:
     return raw
 
 
-def _votes(rule: VoteRule, batch: Batch, cores: Cores, modules: Sequence[ModuleRound]) -> tuple[Tensor, Tensor]:
+def _votes(
+    rule: VoteRule, batch: Batch, grams: Grams, cores: Cores, modules: Sequence[ModuleRound]
+) -> tuple[Tensor, Tensor]:
     """p_iW_i (M×m×(c+r)×(c+r)), and how many eigenvectors of H have a vote (M×m)."""
     size = cores.h.shape[-1]
     all_votes = torch.full_like(cores.lower, size, dtype=torch.long)
     if rule.voting.subspace is Subspace.PROJECTOR:
         # If all count, as the bounds of the eigenvalues often show, W_i is the identity and needs no eigenvectors.
-        least = _floor(rule, batch, cores, modules, top=cores.upper.clamp(min=0).sqrt())
+        top, sizes = cores.upper.clamp(min=0).sqrt(), frobenius_sizes(batch, cores)
+        least = _floor(rule, batch, cores, sizes, modules, top=top)
         if bool((cores.lower.sqrt() > least).all()):
             unit = torch.eye(size, dtype=cores.h.dtype, device=cores.h.device)
             return batch.share[..., None, None] * unit, all_votes
     values, vectors = torch.linalg.eigh(cores.h)
     sigma = values.clamp(min=0).sqrt()
-    kept = sigma > _floor(rule, batch, cores, modules, top=sigma[..., -1])[..., None]
+    sizes = spectral_sizes(batch, grams, cores)
+    kept = sigma > _floor(rule, batch, cores, sizes, modules, top=sigma[..., -1])[..., None]
     weight = batch.share[..., None] * _vote_weights(rule.voting, torch.where(kept, values, 0.0), kept)
     return (vectors * weight[..., None, :]) @ vectors.mT, kept.sum(dim=-1)
 
 
-def _floor(rule: VoteRule, batch: Batch, cores: Cores, modules: Sequence[ModuleRound], *, top: Tensor) -> Tensor:
-    """The floor of `subspace.reveal` (M×m), for σ_1(X_i) = `top`; it grows with that.
-
-    Where `reveal` takes σ_1(D_i) and σ_1(ηΔW_i), this takes the Frobenius norms, which Gram matrices give.
-    """
+def _floor(
+    rule: VoteRule, batch: Batch, cores: Cores, sizes: Sizes, modules: Sequence[ModuleRound], *, top: Tensor
+) -> Tensor:
+    """The floor of `subspace.reveal` (M×m), for σ_1(X_i) = `top` and the sizes of ηΔW_i and D_i; it grows with all."""
     terms, changed = top, top
     if rule.rule is not Rule.REPLACE:
-        changed = cores.change.sqrt()
+        changed = sizes.change
         largest = [float(module.held.sigma[0]) if module.held is not None else 0.0 for module in modules]
         held = torch.tensor(largest, dtype=top.dtype, device=top.device)[:, None]
-        terms = torch.stack([top, changed, cores.product * batch.gain, held.expand_as(top)]).amax(dim=0)
+        terms = torch.stack([top, changed, sizes.own, held.expand_as(top)]).amax(dim=0)
     rounding = RESOLUTION * (cores.magnitude * batch.gain + batch.tail.sigma.sum(dim=1, keepdim=True))
     return torch.maximum(torch.minimum(rule.rank_tol * terms, changed), rounding)
 

@@ -30,10 +30,13 @@ def low_precision(device: torch.device) -> torch.dtype:
 
 
 class Operator(Protocol):
-    """A symmetric positive semidefinite d×d matrix L·Lᵀ or L·C·Lᵀ for each module.
+    """A symmetric positive semidefinite d×d matrix L·Lᵀ or L·C·Lᵀ for each module, in units that float32 can square.
 
     What it is applied to are columns too, laid out as rows, so that no product has to turn one of them.
     """
+
+    unit: Tensor
+    """By what (M, float64) eigenvalues are to be multiplied."""
 
     @property
     def size(self) -> int:
@@ -65,7 +68,9 @@ class VoteOperator:
         device = groups[0].tail.u.device
         self._low = low_precision(device) if bounded else torch.float32
         self._tails = [group.tail.u.float() for group in groups]
-        self._cores = [group.core().float() for group in groups]
+        traces = [group.vote.diagonal(dim1=-2, dim2=-1).sum(dim=(1, 2)) for group in groups]
+        self.unit = _power_of_two(torch.stack(traces).sum(dim=0))
+        self._cores = [(group.core() / self.unit[:, None, None, None]).float() for group in groups]
         values = sum(group.devices.shape.d * group.columns for group in groups)
         keep = values * self._low.itemsize <= _KEPT_BYTES
         self._columns = [group.devices.columns(group.units, self._low, keep=keep) for group in groups]
@@ -110,6 +115,11 @@ class VoteOperator:
         return total[..., :k], total[..., k:]
 
 
+def _power_of_two(sizes: Tensor) -> Tensor:
+    """The nearest power of two, which costs no rounding; 1 for zero."""
+    return torch.where(sizes > 0, sizes, 1.0).log2().round().exp2()
+
+
 def _joined(rows: Tensor) -> Tensor:
     """Rows of each device (M×m×k×r), device next to device (M×k×mr)."""
     return rows.transpose(1, 2).flatten(2)
@@ -120,7 +130,10 @@ class MeanOperator:
 
     def __init__(self, groups: Sequence[Group]) -> None:
         self._groups = groups
-        self._tails = shared_tails(groups)
+        size = _power_of_two(torch.stack([group.magnitude for group in groups]).sum(dim=0))
+        self.unit = size.square()
+        self._tails = [SharedTail(group, 1.0 / size) for group in groups]
+        self._weights = [(group.weights / size[:, None, None, None]).float() for group in groups]
         self._columns = [group.devices.columns(group.units, torch.float32, keep=False) for group in groups]
 
     @property
@@ -142,8 +155,8 @@ class MeanOperator:
     def _seen(self, rows: Tensor) -> Tensor:
         """rows·M (M×k×n)."""
         total = rows.new_zeros(())
-        for group, tail in zip(self._groups, self._tails, strict=True):
-            own = group.devices.right_sum(group.devices.onto(rows) * group.weights.float())
+        for group, tail, weights in zip(self._groups, self._tails, self._weights, strict=True):
+            own = group.devices.right_sum(group.devices.onto(rows) * weights)
             total = total + own + tail.onto(rows)
         return total
 
@@ -151,7 +164,7 @@ class MeanOperator:
         """M·rowsᵀ (M×d×k), and the extra product."""
         k, total = rows.shape[1], rows.new_zeros(())
         for position, (group, tail) in enumerate(zip(self._groups, self._tails, strict=True)):
-            seen = group.devices.seen(rows) * group.weights.float()
+            seen = group.devices.seen(rows) * self._weights[position]
             more = seen[..., :0] if extra is None else extra[position]
             raw = self._columns[position].combined(seen[..., :0], torch.cat([seen, more], dim=-1))
             total = total + torch.nn.functional.pad(tail.times(rows.mT), (0, more.shape[3])) + raw
@@ -159,11 +172,11 @@ class MeanOperator:
 
 
 class SharedTail:
-    """p_kT_k of a group in float32, p_k the weight of its devices."""
+    """p_kT_k of a group in float32, p_k the weight of its devices, times a factor for each module."""
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, factor: Tensor | float = 1.0) -> None:
         tail = group.tail
-        weight = group.batch.share.sum(dim=1)[:, None, None]
+        weight = (group.batch.share.sum(dim=1) * factor)[:, None, None]
         self.u = tail.u.float()
         self._right = ((tail.v * tail.sigma[:, None]).mT * weight).float()
 

@@ -51,15 +51,17 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """`basis` (M×d×R, float64: orthonormal columns, then zero ones where K has a smaller rank).
+    """`basis` (M×d×R, float64: orthonormal columns, then zero ones where no more was found).
 
     `spectrum` (M×…): the falling eigenvalues found, one beyond R where K has it; `probed` (M×d×k): the mean of the
-    uploads on the probes, Σp_if_iB_iA_iΩ, which rides along with the last product.
+    uploads on the probes, Σp_if_iB_iA_iΩ, which rides along with the last product; `whole`: whether columns that are
+    zero stand for directions that K has not, rather than for some that are too weak to be seen in float32 and less.
     """
 
     basis: Tensor
     spectrum: Tensor
     probed: Tensor
+    whole: tuple[bool, ...]
 
 
 def prefers_gram(groups: Sequence[Group], rank: int) -> bool:
@@ -89,7 +91,9 @@ def leading(
     start = _start(operator if bounded else None, groups, rank, known)
     coefficients, values = _Krylov(operator, rank, floor=floor).run(start)
     image, probed = operator.finished(coefficients, [group.weighted_probes for group in groups])
-    return Span(basis=_orthonormal_image(image), spectrum=values, probed=probed)
+    basis = _orthonormal_image(image)
+    whole = tuple(basis.any(dim=1).all(dim=1).tolist())
+    return Span(basis=basis, spectrum=values * operator.unit[:, None], probed=probed, whole=whole)
 
 
 def _columns(groups: Sequence[Group]) -> int:
@@ -270,7 +274,8 @@ def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int) -> Span:
     values, ritz = values.flip(1).clamp(min=0), ritz.flip(2)[..., :rank]
     ritz = ritz * (values[:, :rank] > 1e-13 * values[:, :1])[:, None]
     back = _inverse_roots(squares, turn, 1e-13 * squares[:, -1:])
-    return Span(basis=frame.mT @ (back @ ritz), spectrum=values, probed=probed_sum(groups))
+    whole = (True,) * groups[0].devices.shape.modules
+    return Span(basis=frame.mT @ (back @ ritz), spectrum=values, probed=probed_sum(groups), whole=whole)
 
 
 def _frame(groups: Sequence[Group]) -> Tensor:

@@ -98,7 +98,7 @@ class Fedrot(Strategy):
         dtype = state_dtype(updates[0].b.dtype)
         turned = [replace(update, b=update.b.to(dtype), a=update.a.to(dtype)) for update in updates]
         if state is not None and started(state) and round_index > 0:
-            reference = _columns(kept_factors(state), r, dtype)
+            reference = _columns(kept_factors(state), r)
             on_a = (round_index % 2 == 1) == (options["initial_share"] == "a")
             turned = [_turned(update, reference, on_a=on_a, options=options) for update in turned]
         b = averaged_b(turned, weights, r, power=SPLIT)
@@ -139,18 +139,19 @@ def _turned(
     update: ClientUpdate, reference: Factors, *, on_a: bool, options: Mapping[str, OptionValue]
 ) -> ClientUpdate:
     left, right = (update.a, reference[1].mT) if on_a else (update.b.mT, reference[0])
+    left = left.to(COMPUTE_DTYPE)
     overlap = left @ right
     size = torch.linalg.matrix_norm(left) * torch.linalg.matrix_norm(right)
     if not float(torch.linalg.matrix_norm(overlap)) > 32 * torch.finfo(overlap.dtype).eps * float(size):
         return update
-    turn = rotation(overlap.to(COMPUTE_DTYPE), Rotation(str(options["rotation"])), number(options, "rotate_lambda"))
-    turn = turn.to(overlap.dtype)
+    turn = rotation(overlap, Rotation(str(options["rotation"])), number(options, "rotate_lambda"))
+    turn = turn.to(update.b.dtype)
     return replace(update, b=update.b @ turn, a=turn.mT @ update.a)
 
 
-def _columns(reference: Factors, r: int, dtype: torch.dtype) -> Factors:
-    """The reference with r columns: cut, or filled with zeros, which pull nowhere."""
-    b, a = (part.to(dtype) for part in reference)
+def _columns(reference: Factors, r: int) -> Factors:
+    """The reference with r columns, float64: cut, or filled with zeros, which pull nowhere."""
+    b, a = (part.to(COMPUTE_DTYPE) for part in reference)
     wide = max(0, r - b.shape[1])
     b = torch.nn.functional.pad(b[:, :r], (0, wide))
     a = torch.nn.functional.pad(a[:r], (0, 0, 0, wide))

@@ -5,7 +5,8 @@ r"""FedSVD: FFA-LoRA whose common A is turned into right singular vectors every 
 
 All devices share A, so the mean is exact and turning the basis leaves the product as it is; an orthonormal A bounds
 ∂L/∂B, which is what clipping under differential privacy wants. Where B̄A has a rank below r, the other rows of A are
-orthonormal rows of the old A's row space: they carry nothing yet and can be trained.
+orthonormal rows of the old A's row space: they carry nothing yet and can be trained. B̄ = 0 leaves A as it is, and so
+do rows beyond min(d, n).
 
 O(Ndr), at a refresh + (d + n)r² + r³. Source: FedSVD (NeurIPS 2025, seanie12/fed-svd).
 """

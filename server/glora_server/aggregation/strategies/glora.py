@@ -101,7 +101,8 @@ class Glora(Strategy):
         ChoiceOption(
             name="accuracy",
             summary="exact: 1e-5 of a float64 reference; fast: objective within 1 % (large modules with float32 or "
-            "shorter uploads and neither anchor, votes=by_rank nor energy; all others are computed exactly)",
+            "shorter uploads, at least R clear directions, and neither anchor, votes=by_rank nor energy; all others "
+            "are computed exactly)",
             default="exact",
             choices=("exact", "fast"),
         ),
@@ -127,8 +128,8 @@ class Glora(Strategy):
         ),
         NumberOption(
             name="energy",
-            summary="keep no more directions than the best ones need to hold this share of the energy of the mean; R if "
-            "not given",
+            summary="keep no more directions than the best ones need to hold this share of the energy of the mean; R "
+            "if not given",
             default=None,
             at_most=1.0,
         ),
@@ -281,6 +282,7 @@ def _diagnostics(
     products = mean_products(terms, common.norms)
     outside = norm_outside(terms, products, common.basis, inside)
     norm = math.hypot(inside, outside)
+    norm = norm if norm > rounding_floor(terms.frame.magnitude(terms.mean())) else 0.0
     return Diagnostics(
         eigenvalues=tuple(common.spectrum[:rank].tolist()),
         eigengap=common.eigengap,
