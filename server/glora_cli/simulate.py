@@ -16,6 +16,7 @@ import typer
 
 from glora_cli.group import single
 from glora_cli.output import JsonFlag, console
+from glora_cli.simulate_folder import prepare_folder
 from glora_cli.simulate_report import final_table, summaries, summary_json, write_report
 from glora_cli.simulate_results import (
     Pair,
@@ -34,6 +35,8 @@ Say = Callable[[str], None]
 Made = tuple[Result, ...] | str
 """The rows of one strategy with one seed, or the sentence that says why there are none."""
 _RESULTS = "results.jsonl"
+_NO_MODEL = frozenset({Reason.BASE_MODEL_MISSING, Reason.BASE_MODEL_MISMATCH})
+"""A server's no in other commands; here no server is asked, and a key of the description is wrong."""
 
 
 @app.command()
@@ -72,17 +75,28 @@ def simulate(
         require_matplotlib()
     folder = out or Path(f"simulation-{described.name}")
     say: Say = (lambda _line: None) if quiet or as_json else typer.echo
-    rows, problems = run_all(described, data or spec.parent, folder / _RESULTS, jobs=jobs, say=say)
-    found = summaries(described, rows)
-    write_report(described, rows, folder, plots=plots)
-    if as_json:
-        typer.echo(summary_json(found))
-    else:
-        console().print(final_table(described, found))
-        typer.echo(f"{len(rows)} rows in {folder / _RESULTS}; report in {folder}.")
+    try:
+        rows, problems = run_all(described, data or spec.parent, folder / _RESULTS, jobs=jobs, say=say)
+    except GloraError as error:
+        if error.reason in _NO_MODEL:
+            raise GloraError(Reason.SPEC_INVALID, f"{spec}, model.path: {error.message}") from error
+        raise
+    if rows:
+        _show(described, rows, folder, plots=plots, as_json=as_json)
     if problems:
         shown = "\n".join(problems)
         raise GloraError(Reason.INTERNAL, f"{len(problems)} runs failed; a second start tries them again:\n{shown}")
+
+
+def _show(spec: SimSpec, rows: Sequence[Result], folder: Path, *, plots: bool, as_json: bool) -> None:
+    """Write the report and print its table."""
+    found = summaries(spec, rows)
+    write_report(spec, rows, folder, plots=plots)
+    if as_json:
+        typer.echo(summary_json(found))
+    else:
+        console().print(final_table(spec, found))
+        typer.echo(f"{len(rows)} rows in {folder / _RESULTS}; report in {folder}.")
 
 
 def run_all(
@@ -90,13 +104,16 @@ def run_all(
 ) -> tuple[tuple[Result, ...], tuple[str, ...]]:
     """All rows of the simulation, those that are not in the file yet made now and added to it pair by pair.
 
-    With them a sentence for each run that failed: hours of others are not lost for it.
+    With them a sentence for each run that failed: hours of others are not lost for it. What would stop all of them is
+    raised before the first one begins.
     """
     digest = _digests(spec, data)
-    results.parent.mkdir(parents=True, exist_ok=True)
     have = wanted_rows(read_results(results), spec, digest, results)
     done = {pair_of(row) for row in have}
     left = [(entry.title, seed) for seed in spec.seeds for entry in spec.strategies if (entry.title, seed) not in done]
+    if left:
+        _require_rows(spec, data)
+    prepare_folder(results.parent)
     if done:
         say(f"{len(done)} of {len(done) + len(left)} runs are in {results} already.")
     rows, problems = list(have), []
@@ -194,6 +211,12 @@ def _process_of(text: str, data: Path) -> _Process:
 
 def _run_in_process(text: str, data: Path, pair: Pair) -> Made:
     return _process_of(text, data).run(pair)
+
+
+def _require_rows(spec: SimSpec, data: Path) -> None:
+    from glora_cli.simulate_data import read_corpus, require_rows
+
+    require_rows(len(read_corpus(spec.data, data).train), spec.data, spec.devices.count)
 
 
 def _digests(spec: SimSpec, data: Path) -> dict[str, str]:

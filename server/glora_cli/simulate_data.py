@@ -63,12 +63,7 @@ def deal(
     dirichlet: the rows of each class are cut into shares drawn from Dirichlet(α, …, α), as in Hsu et al. (2019).
     Raises DATA_EMPTY when there are too few rows to give `min_rows` to everyone.
     """
-    if len(rows) < devices * section.min_rows:
-        raise GloraError(
-            Reason.DATA_EMPTY,
-            f"{len(rows)} rows are too few for {devices} devices with data.min_rows = {section.min_rows}; "
-            "simulate fewer devices, or lower data.min_rows.",
-        )
+    require_rows(len(rows), section, devices)
     generator = random.Random(f"deal {seed}")  # noqa: S311 - anybody can repeat it
     shuffled = generator.sample(list(rows), len(rows))
     if section.split == "iid":
@@ -82,6 +77,16 @@ def deal(
         while len(poor) < section.min_rows:
             poor.append(max(hands, key=len).pop())
     return tuple(map(tuple, hands))
+
+
+def require_rows(rows: int, section: DataSection, devices: int) -> None:
+    """Raise DATA_EMPTY when so many rows are too few to give `min_rows` to everyone; else `deal` can, with any seed."""
+    if rows < devices * section.min_rows:
+        raise GloraError(
+            Reason.DATA_EMPTY,
+            f"{rows} rows are too few for {devices} devices with data.min_rows = {section.min_rows}; "
+            "simulate fewer devices, or lower data.min_rows.",
+        )
 
 
 def device_ranks(section: DevicesSection, ranks: Sequence[int], *, seed: int) -> tuple[int, ...]:

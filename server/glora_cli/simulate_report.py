@@ -15,6 +15,7 @@ from typing import Final
 from rich.table import Table
 
 from glora_cli.output import size
+from glora_cli.simulate_folder import writing
 from glora_cli.simulate_results import Result
 from glora_cli.simulate_spec import SimSpec, StrategyEntry
 
@@ -172,15 +173,23 @@ def summary_json(found: Sequence[Summary]) -> str:
 
 
 def write_report(spec: SimSpec, rows: Sequence[Result], folder: Path, *, plots: bool) -> None:
-    """Write summary.json, summary.md and, with `plots`, PNG files and one page that holds everything."""
+    """Write summary.json, summary.md and, with `plots`, PNG files and one page that holds everything.
+
+    Raises REQUEST_INVALID when the folder cannot be written.
+    """
     found = summaries(spec, rows)
-    (folder / SUMMARY).write_text(summary_json(found) + "\n", encoding="utf-8")
-    (folder / "summary.md").write_text(markdown_table(found), encoding="utf-8")
+    _write(folder / SUMMARY, summary_json(found) + "\n")
+    _write(folder / "summary.md", markdown_table(found))
     if plots:
         from glora_cli.simulate_plots import draw_all
 
         pictures = draw_all(spec, rows, folder)
-        (folder / PAGE).write_text(_page(spec, found, pictures), encoding="utf-8")
+        _write(folder / PAGE, _page(spec, found, pictures))
+
+
+def _write(path: Path, text: str) -> None:
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def _page(spec: SimSpec, found: Sequence[Summary], pictures: Sequence[tuple[str, Path]]) -> str:

@@ -14,6 +14,7 @@ from statistics import fmean
 
 from glora_cli.simulate_data import Corpus, deal, device_ranks
 from glora_cli.simulate_devices import Bench, Score
+from glora_cli.simulate_means import consensus_of, mean, mean_list, mean_of
 from glora_cli.simulate_results import Result
 from glora_cli.simulate_server import Folded, SimulatedServer, Upload
 from glora_cli.simulate_spec import SimSpec, StrategyEntry
@@ -196,13 +197,13 @@ class _Run:
             devices=sum(rank_for(c, self._spec.lora.max_rank) == rank for c in self._candidates),
             accuracy=None if score is None else score.accuracy,
             loss=None if score is None else _finite(score.loss),
-            training_loss=_mean(counted.losses),
-            truncation_error=_mean_of(modules, "truncation_error"),
-            captured_energy=_mean_of(modules, "captured_energy"),
-            eigengap=_mean_of(modules, "eigengap"),
-            mean_norm=_mean_of(modules, "mean_norm"),
-            sigma=_mean_list(modules, "sigma"),
-            coverage=_mean_list(modules, "coverage"),
+            training_loss=mean(counted.losses),
+            truncation_error=mean_of(modules, "truncation_error"),
+            captured_energy=mean_of(modules, "captured_energy"),
+            eigengap=mean_of(modules, "eigengap"),
+            mean_norm=mean_of(modules, "mean_norm"),
+            sigma=mean_list(modules, "sigma"),
+            coverage=mean_list(modules, "coverage"),
             updates=len(counted.uploads),
             failed=counted.failed,
             rejected=counted.rejected,
@@ -210,6 +211,7 @@ class _Run:
             bytes_down=counted.bytes_down,
             seconds=round(seconds, 3),
             aggregation_seconds=0.0 if folded is None else round(folded.seconds, 3),
+            consensus=consensus_of(modules) if rank == self._spec.lora.max_rank else None,
         )
 
 
@@ -240,19 +242,3 @@ def _candidate(device: DeviceId, rank: int, rows: int, manifest: Manifest) -> Ca
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    finite = [value for value in values if math.isfinite(value)]
-    return fmean(finite) if finite else None
-
-
-def _mean_of(modules: Sequence[Mapping[str, object]], name: str) -> float | None:
-    return _mean([float(value) for module in modules if isinstance(value := module.get(name), int | float)])
-
-
-def _mean_list(modules: Sequence[Mapping[str, object]], name: str) -> tuple[float, ...]:
-    """Means over modules item by item; shorter lists count as ending in zeros."""
-    lists = [value for module in modules if isinstance(value := module.get(name), list)]
-    longest = max(map(len, lists), default=0)
-    return tuple(fmean(float(values[j]) if j < len(values) else 0.0 for values in lists) for j in range(longest))

@@ -20,12 +20,11 @@ from glora_server.coordinator.run_sections import (
 )
 from glora_server.coordinator.run_spec import RunSpec, parse_toml
 from glora_server.rounds.policy import RoundPolicy, Sampling
-from glora_server.validation_text import raise_problems
+from glora_server.validation_text import Location, Problem, raise_complete, raise_problems, shown
 
 DEMO_MODEL: Final = "demo"
 _Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
 _Readout = Literal["balanced", "a_orthonormal"]
-_Found = list[tuple[tuple[str | int, ...], str, object]]
 
 
 class SimulatedModel(Section):
@@ -43,6 +42,12 @@ class SimulatedModel(Section):
     layers: tuple[Annotated[int, Field(ge=0, le=100_000)], ...] = Field(
         default=(), max_length=10_000, description="Numbers of the layers to adapt, from 0; empty = all."
     )
+
+    def model_post_init(self, _context: object, /) -> None:
+        """Check what every run would refuse."""
+        lists: dict[str, tuple[object, ...]] = {"target_modules": self.target_modules, "layers": self.layers}
+        twice = ((key, items) for key, items in lists.items() if len(set(items)) < len(items))
+        raise_problems("model", (((key,), "must not name anything twice", items) for key, items in twice))
 
 
 class DataSection(Section):
@@ -89,7 +94,9 @@ class MeasuringSection(Section):
         default=0, ge=0, description="Measure at all ranks after every so many rounds; 0 = after the last one only."
     )
     ranks: tuple[_Rank, ...] = Field(
-        default=(), max_length=64, description="Ranks to read out; the devices' own ones are always among them."
+        default=(),
+        max_length=64,
+        description="Ranks to read out, of each strategy those up to its R; the devices' own are always among them.",
     )
     batch_size: int = Field(default=128, ge=1, le=65_536, description="Rows at a time.")
 
@@ -131,19 +138,23 @@ class SimSpec(Section):
 
     def model_post_init(self, _context: object, /) -> None:
         """Check what no single section shows, also that every strategy can be simulated as it is described."""
-        found: _Found = []
+        found: list[Problem] = []
         if len(set(self.seeds)) < len(self.seeds):
-            found.append((("seeds",), "must not name anything twice", self.seeds))
+            found.append(_wrong(("seeds",), "must not name anything twice", self.seeds))
         weights = self.devices.rank_weights
         if weights and (len(weights) != len(self.devices.ranks) or sum(weights) <= 0):
-            found.append((("devices", "rank_weights"), "must be one number for each of ranks, not all 0", weights))
+            sentence = "must be one number for each of ranks, not all 0"
+            found.append(_wrong(("devices", "rank_weights"), sentence, weights))
         seen: set[str] = set()
         for index, entry in enumerate(self.strategies):
             if entry.title in seen:
-                found.append((("strategies", index), "must have a label that no other strategy has", entry.title))
+                sentence = "must have a label that no other strategy has"
+                found.append(_wrong(("strategies", index), sentence, entry.title))
             seen.add(entry.title)
-            found += ((("strategies", index, key), text, value) for key, text, value in _problems(self, entry))
-        raise_problems("simulation", found)
+            found += [problem for problem in _problems(self, entry, index) if problem not in found]
+        found += _unmeasured_ranks(self)
+        if found:
+            raise_complete("simulation", found)
 
     def ranks_of(self, entry: StrategyEntry) -> tuple[int, ...]:
         """The ranks that devices can have under this strategy, rising."""
@@ -186,28 +197,65 @@ def parse_sim_toml(text: str, source: str = "sim.toml") -> SimSpec:
     return parse_toml(text, SimSpec, source)
 
 
-def _problems(spec: SimSpec, entry: StrategyEntry) -> list[tuple[str, str, object]]:
-    """(key of the entry, clause, value) for all that makes a strategy impossible here."""
+def _problems(spec: SimSpec, entry: StrategyEntry, index: int) -> list[Problem]:
+    """All that makes a strategy impossible here."""
     from glora_server.aggregation import AggregationError, TrainMask, UploadSet, check_options, find_strategy
 
-    ranks, top = spec.ranks_of(entry), spec.server_rank(entry)
-    if ranks[-1] > top:
-        return [("ranks", f"must not be above the server's rank ({top})", ranks[-1])]
+    ranks, place = spec.ranks_of(entry), ("strategies", index)
+    if ranks[-1] > spec.server_rank(entry):
+        return [_rank_above(spec, entry, index)]
     try:
         strategy = find_strategy(entry.name)
     except AggregationError as error:
-        return [("name", _clause(error), entry.name)]
+        return [_wrong((*place, "name"), _clause(error), entry.name)]
+    if len(ranks) > 1 and not strategy.properties.mixed_ranks:
+        return [_mixed_ranks(spec, entry, index)]
     try:
-        contract = strategy.contract(check_options(entry.name, entry.options))
+        options = check_options(entry.name, entry.options)
+        contract = strategy.contract(options)
+        strategy.check_plan(ranks, options)
     except AggregationError as error:
-        return [("options", _clause(error), entry.options)]
+        return [_wrong((*place, "options"), _clause(error), entry.options)]
     if contract.train is TrainMask.CORE or contract.upload is UploadSet.CORE:
-        return [("name", "cannot be simulated: devices would train an r×r core, which adapters here lack", entry.name)]
-    try:
-        strategy.check_plan(ranks)
-    except AggregationError as error:
-        return [("ranks", f"cannot be simulated: {_clause(error)}; give it `ranks` of its own", ranks)]
+        sentence = "cannot be simulated: devices would train an r×r core, which adapters here lack"
+        return [_wrong((*place, "name"), sentence, entry.name)]
     return []
+
+
+def _rank_above(spec: SimSpec, entry: StrategyEntry, index: int) -> Problem:
+    """Told where the rank or R was written that does not fit."""
+    largest, top = spec.ranks_of(entry)[-1], spec.server_rank(entry)
+    if entry.ranks:
+        return _wrong(("strategies", index, "ranks"), f"must not be above the server's rank ({top})", largest)
+    if entry.max_rank is not None:
+        sentence = f"must not be below the largest rank of the devices ({largest})"
+        return _wrong(("strategies", index, "max_rank"), sentence, top)
+    sentence = f"must not be above the server's rank, lora.max_rank = {top}"
+    return _wrong(("devices", "ranks"), sentence, spec.devices.ranks)
+
+
+def _mixed_ranks(spec: SimSpec, entry: StrategyEntry, index: int) -> Problem:
+    if entry.ranks:
+        sentence = f"must be one rank, for {entry.name} needs devices of equal ranks"
+        return _wrong(("strategies", index, "ranks"), sentence, entry.ranks)
+    ranks = spec.ranks_of(entry)
+    return Problem(
+        location=("strategies", index, "name"),
+        text=f"{entry.name} needs devices of equal ranks, and these have {', '.join(map(str, ranks))}; give it `ranks` "
+        f"of its own, such as ranks = [{ranks[0]}]",
+    )
+
+
+def _unmeasured_ranks(spec: SimSpec) -> list[Problem]:
+    """Ranks to read out that no strategy has."""
+    top = max(map(spec.server_rank, spec.strategies))
+    sentence = f"must not be above the server's rank ({top}, the largest of the strategies)"
+    ranks = enumerate(spec.measuring.ranks)
+    return [_wrong(("measuring", "ranks", index), sentence, rank) for index, rank in ranks if rank > top]
+
+
+def _wrong(location: Location, text: str, value: object) -> Problem:
+    return Problem(location=location, text=f"{text} (you wrote {shown(value)})")
 
 
 def _clause(error: Exception) -> str:

@@ -41,6 +41,12 @@ def test_every_row_has_one_owner_and_nobody_is_poor(devices: int, alpha: float, 
     assert min(map(len, hands)) >= 5
 
 
+@given(devices=st.integers(1, 40), alpha=st.floats(1e-3, 1e3), seed=st.integers(0, 1000))
+def test_as_many_rows_as_everyone_needs_are_enough_with_any_seed(devices: int, alpha: float, seed: int) -> None:
+    hands = deal(ROWS[: 5 * devices], _section(alpha=alpha), devices, seed=seed)
+    assert {len(hand) for hand in hands} == {5}
+
+
 def test_the_same_seed_deals_alike_and_another_one_does_not() -> None:
     first, again, other = (deal(ROWS, _section(), 8, seed=seed) for seed in (1, 1, 2))
     assert first == again

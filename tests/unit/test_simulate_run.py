@@ -90,6 +90,38 @@ def test_a_device_that_diverges_is_counted_and_the_round_goes_on(world: World, m
     assert rows[-1].truncation_error is None
 
 
+def test_a_round_tells_how_far_devices_agree_and_what_each_of_them_sent(world: World) -> None:
+    first, *last = world.run(entry("glora"))
+    assert [row.consensus is not None for row in last] == [row.rank == row.server_rank for row in last]
+    assert first.consensus is not None
+    spectrum = first.consensus.eigenvalues
+    assert len(spectrum) == 4
+    assert list(spectrum) == sorted(spectrum, reverse=True)
+    assert 0 < spectrum[0] <= 1 + 1e-9
+    assert first.consensus.mean_angle is first.consensus.largest_angle is None, "there is no state before the first"
+    assert [device.device for device in first.consensus.devices] == [f"device-{number:05d}" for number in range(3)]
+    for device in first.consensus.devices:
+        assert device.update_norm is not None
+        assert device.update_norm > 0
+        assert device.cosine is not None
+        assert -1 <= device.cosine <= 1
+        assert device.capture is not None
+        assert 0 <= device.capture <= 1
+    second = last[-1].consensus
+    assert second is not None
+    assert second.mean_angle is not None
+    assert second.largest_angle is not None
+    assert 0 <= second.mean_angle <= second.largest_angle <= 1.6
+
+
+def test_a_strategy_without_votes_tells_of_its_devices_only(world: World) -> None:
+    found = world.run(entry("fedit"))[0].consensus
+    assert found is not None
+    assert found.eigenvalues == ()
+    assert len(found.devices) == 3
+
+
 def test_an_update_over_the_norm_limit_is_rejected(world: World) -> None:
     rows = world.run(entry("glora"), {"[lora]": "[limits]\nmax_update_norm = 1e-9\n\n[lora]"})
     assert all(row.rejected == 3 and row.updates == 0 for row in rows)
+    assert all(row.consensus is None for row in rows)

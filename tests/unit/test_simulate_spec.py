@@ -64,8 +64,13 @@ def test_participation_becomes_a_number_of_devices(share: float, devices: int, w
         (('name = "glora"', 'name = "glora"\nlabl = "x"'), "line 9, strategies[0].labl: is not a known key; did you"),
         (('train = "train.jsonl"', "train = 3"), "line 4, data.train: must be text in quotes (you wrote 3)"),
         (('name = "glora"', 'name = "glora"\nranks = [32]'), "line 9, strategies[0].ranks: must not be above"),
+        (('name = "glora"', 'name = "glora"\nmax_rank = 8'), "line 9, strategies[0].max_rank: must not be below"),
         (('name = "glora"', 'name = "glora"\noptions = { rule = "sum" }'), "line 9, strategies[0].options: "),
         (('name = "small"', 'name = "small"\nseeds = [1, 1]'), "line 2, seeds: must not name anything twice"),
+        (
+            ("[data]", '[model]\ntarget_modules = ["key", "key"]\n[data]'),
+            "line 4, model.target_modules: must not name anything twice",
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_line(change: tuple[str, str], expected: str) -> None:
@@ -73,9 +78,38 @@ def test_a_mistake_is_named_with_its_line(change: tuple[str, str], expected: str
 
 
 def test_a_strategy_that_needs_one_rank_is_refused_when_the_description_is_read() -> None:
-    sentence = _sentence(SMALL.replace('name = "glora"', 'name = "fedrot"'))
-    assert "strategies[0].ranks: cannot be simulated" in sentence
-    assert "2, 4, 8, 16" in sentence
+    assert _sentence(SMALL.replace('name = "glora"', 'name = "fedrot"\nlabel = "turned"')) == (
+        "sim.toml line 8, strategies[0].name: fedrot needs devices of equal ranks, and these have 2, 4, 8, 16; give it "
+        "`ranks` of its own, such as ranks = [2]."
+    )
+
+
+def test_mixed_ranks_that_such_a_strategy_was_given_are_named_where_they_stand() -> None:
+    assert _sentence(SMALL.replace('name = "glora"', 'name = "fedrot"\nranks = [4, 8]')) == (
+        "sim.toml line 9, strategies[0].ranks: must be one rank, for fedrot needs devices of equal ranks "
+        "(you wrote [4, 8])."
+    )
+
+
+def test_common_ranks_above_the_servers_are_named_once_where_they_stand() -> None:
+    """Two strategies have them, and neither has `ranks` of its own."""
+    text = SMALL + '\n[[strategies]]\nname = "fedit"\n\n[devices]\nranks = [2, 4]\n\n[lora]\nmax_rank = 2\n'
+    assert _sentence(text) == (
+        "sim.toml line 14, devices.ranks: must not be above the server's rank, lora.max_rank = 2 (you wrote [2, 4])."
+    )
+
+
+def test_ranks_to_measure_that_no_strategy_reaches_are_refused() -> None:
+    """They would be left out without a word: there is nothing to read out above R."""
+    text = SMALL + "\n[measuring]\nranks = [8, 32, 64]\n"
+    assert _sentence(text).splitlines() == [
+        "sim.toml line 11, measuring.ranks[1]: must not be above the server's rank (16, the largest of the strategies) "
+        "(you wrote 32).",
+        "sim.toml line 11, measuring.ranks[2]: must not be above the server's rank (16, the largest of the strategies) "
+        "(you wrote 64).",
+    ]
+    wide = parse_sim_toml(text.replace("32, 64", "32") + '\n[[strategies]]\nname = "flexlora"\nmax_rank = 32\n')
+    assert [wide.measured_ranks(entry)[-1] for entry in wide.strategies] == [16, 32]
 
 
 def test_two_strategies_need_two_labels() -> None:
