@@ -135,8 +135,32 @@ FEDERATION: Final = (
             ),
             Chart(
                 title="Truncation error and eigengap",
-                about="What truncation lost, and how clearly the kept directions stand out.",
-                queries=(*by_run("glora_truncation_error_ratio", "max"), *by_run("glora_eigengap_ratio", "min")),
+                about="What is lost of the mean update, how much of that no larger rank would mend, and how clearly "
+                "the kept directions stand out.",
+                queries=(
+                    *by_run("glora_truncation_error_ratio", "max"),
+                    *by_run("glora_aggregation_bias_ratio", "max"),
+                    *by_run("glora_eigengap_ratio", "min"),
+                ),
+            ),
+            Chart(
+                title="Capture, coverage and influence",
+                about="The part of a device's update that the common space holds, the weight of the devices that train "
+                "the last direction, and how far the mean change would move without a device.",
+                queries=(
+                    *by_run("glora_capture_ratio", "min"),
+                    *by_run("glora_coverage_ratio", "min"),
+                    *by_run("glora_influence_ratio", "max"),
+                ),
+            ),
+            Chart(
+                title="Change from version to version",
+                about="The largest principal angle between a version and the one before, in radians, and the norm of "
+                "the mean update.",
+                queries=(
+                    *by_run("glora_principal_angle_radians", "max"),
+                    *by_run("glora_mean_update_norm", "mean", "max"),
+                ),
             ),
             Chart(
                 title="Effective rank",

@@ -117,7 +117,10 @@ class SpectrumCellAnswer(Answer):
     module: int
     number: int
     shares: list[float] = Field(description="The largest eigenvalues as shares of all that were kept.")
-    effective_rank: float | None = Field(description="exp of the entropy of the shares.")
+    effective_rank: float | None = Field(
+        description="exp of the entropy of the shares: how many directions devices agree on. (The metric "
+        "glora_effective_rank is of the state's singular values.)"
+    )
     consensus: float | None = Field(description="Mean cosine between a device's change and the mean change.")
     captured_energy: float | None
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
 
+import grpc
 import httpx2
 import pytest
 from e2e_data import manifest_of, run_toml, tiny_bert
@@ -66,7 +67,7 @@ def take_part(device: HandDevice, assignment: types_pb2.Assignment) -> None:
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
-    """One round is over, the second one waits for devices."""
+    """Two rounds are over, so that a version can be compared with the last, and the third one waits for devices."""
     folder = tmp_path_factory.mktemp("scrape")
     toml = run_toml(
         "watched",
@@ -87,33 +88,35 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
             questions = [device.ask() for device in devices]
             federation.until_online(*NAMES)
             federation.create_run(toml, manifest)
-            # At the same time: a verdict may wait for the worker, which is still starting.
-            with ThreadPoolExecutor(len(devices)) as threads:
-                parts = [
-                    threads.submit(take_part, device, question.result().assignment)
-                    for device, question in zip(devices, questions, strict=True)
-                ]
-                for part in parts:
-                    part.result()
-            federation.wait_run("watched", one_version, "a version of round 1")
+            all_take_part(devices, questions)
+            federation.wait_run("watched", lambda run: run.version_number == 1, "a version of round 1")
+            all_take_part(devices, [device.ask() for device in devices])
+            federation.wait_run("watched", lambda run: run.version_number == 2, "a version of round 2")
             yield federation
         finally:
             for device in devices:
                 device.close()
 
 
-def one_version(run: RunAnswer) -> bool:
-    return run.version_number == 1
+def all_take_part(devices: list[HandDevice], questions: list[grpc.Future[coordinator_pb2.WaitForWorkResponse]]) -> None:
+    """At the same time: a verdict may wait for the worker, which is still starting."""
+    with ThreadPoolExecutor(len(devices)) as threads:
+        parts = [
+            threads.submit(take_part, device, question.result().assignment)
+            for device, question in zip(devices, questions, strict=True)
+        ]
+        for part in parts:
+            part.result()
 
 
 @pytest.fixture(scope="module")
 def page(federation: Federation) -> Scrape:
-    """A scrape after states were sampled again, in round 2."""
+    """A scrape after states were sampled again, in round 3."""
 
     def sampled() -> bool:
         seen = scrape(federation)
         lives = sum(sample.value for sample in seen.families["glora_active_rounds"].samples)
-        return 'glora_run_version{run="watched"} 1.0' in seen.text and lives == 1
+        return 'glora_run_version{run="watched"} 2.0' in seen.text and lives == 1
 
     until(sampled, "the gauges of the run are there", 120.0)
     return scrape(federation)
@@ -137,23 +140,29 @@ def test_prometheus_finds_nothing_to_improve(page: Scrape) -> None:
     assert [line for line in said.splitlines() if line.startswith("glora_")] == []
 
 
-def test_the_numbers_are_those_of_the_round(page: Scrape, federation: Federation) -> None:
-    assert page.value("glora_rounds_total", outcome="committed") == 1
-    assert page.value("glora_versions_total") == 1
-    assert page.value("glora_uploads_total", outcome="accepted") == 2
-    assert page.value("glora_assignments_total", outcome="accepted_update") == 2
+def test_the_numbers_are_those_of_the_rounds(page: Scrape, federation: Federation) -> None:
+    assert page.value("glora_rounds_total", outcome="committed") == 2
+    assert page.value("glora_versions_total") == 2
+    assert page.value("glora_uploads_total", outcome="accepted") == 4
+    assert page.value("glora_assignments_total", outcome="accepted_update") == 4
     assert page.value("glora_active_runs", phase="active") == 1
-    assert sum(sample.value for sample in page.families["glora_active_rounds"].samples) == 1, "round 2"
+    assert sum(sample.value for sample in page.families["glora_active_rounds"].samples) == 1, "round 3"
     assert page.value("glora_round_quorum", run="watched") == 2
     assert page.value("glora_devices", state="approved") == 2
     assert page.value("glora_model_loss", run="watched", phase="before") == 1.5
     assert page.value("glora_model_accuracy_ratio", run="watched", phase="before") == 0.25
     for phase in ("accept", "download", "train", "upload", "validate"):
-        assert page.value("glora_phase_seconds_count", phase=phase) == 2, phase
+        assert page.value("glora_phase_seconds_count", phase=phase) == 4, phase
     for phase in ("aggregate", "commit"):
-        assert page.value("glora_phase_seconds_count", phase=phase) == 1, phase
+        assert page.value("glora_phase_seconds_count", phase=phase) == 2, phase
     least, mean, most = (page.value("glora_captured_energy_ratio", stat=stat) for stat in ("min", "mean", "max"))
     assert 0 < least <= mean <= most <= 1 + 1e-6
+    assert page.value("glora_aggregation_bias_ratio", stat="max") == 0.0
+    assert page.value("glora_coverage_ratio", stat="min") == 1.0
+    assert 0 < page.value("glora_principal_angle_radians", stat="max") < 1.6
+    assert 0 < page.value("glora_capture_ratio", stat="min") <= 1.0
+    assert page.value("glora_influence_ratio", stat="min") > 0
+    assert page.value("glora_mean_update_norm", stat="min") > 0
     assert page.value("glora_worker_up") == 1
     assert page.value("glora_worker_resident_bytes") > 50e6
     assert page.value("glora_database_commit_seconds_count") > 10

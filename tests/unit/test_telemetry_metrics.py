@@ -114,10 +114,17 @@ def test_quality_is_spread_over_modules_of_what_was_measured() -> None:
     first = {
         "captured_energy": 0.9,
         "truncation_error": 0.2,
+        "aggregation_bias": 0.1,
+        "mean_norm": 2.0,
         "eigenvalues": [0.5, 0.25],
         "eigengap": 0.25,
         "sigma": [3.0, 3.0, 0.0],
-        "clients": [{"share": 0.75, "change_cosine": 1.0}, {"share": 0.25, "change_cosine": -1.0}],
+        "angles": {"largest": 0.5, "mean": 0.25},
+        "coverage": [1.0, 0.75],
+        "clients": [
+            {"share": 0.75, "change_cosine": 1.0, "capture": 0.8, "influence": 0.4},
+            {"share": 0.25, "change_cosine": -1.0, "capture": 0.4, "influence": None},
+        ],
     }
     second: dict[str, object] = {
         "captured_energy": 0.7,
@@ -125,12 +132,17 @@ def test_quality_is_spread_over_modules_of_what_was_measured() -> None:
         "eigenvalues": [],
         "eigengap": None,
         "sigma": [5.0],
+        "angles": None,
+        "coverage": [],
         "clients": [],
     }
     found = quality_of([first, second, {}])
     assert found.captured_energy.mean == pytest.approx(0.8)
     assert (found.captured_energy.least, found.captured_energy.largest) == (0.7, 0.9)
     assert (found.truncation_error.mean, found.eigengap.mean, found.consensus.mean) == (0.2, 0.5, 0.5)
+    assert (found.aggregation_bias.mean, found.mean_norm.mean) == (0.1, 2.0)
+    assert (found.angle.mean, found.coverage.mean) == (0.5, 0.75)
+    assert (found.capture.mean, found.influence.mean) == pytest.approx((0.7, 0.4))
     assert found.effective_rank.least == pytest.approx(1.0)
     assert found.effective_rank.largest == pytest.approx(2.0)
     nothing = quality_of([])

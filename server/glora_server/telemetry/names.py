@@ -141,7 +141,8 @@ MODEL_LOSS: Final = _gauge(
 MODEL_ACCURACY: Final = _gauge("glora_model_accuracy_ratio", "Accuracy, as glora_model_loss.", "run", "phase")
 CAPTURED_ENERGY: Final = _gauge(
     "glora_captured_energy_ratio",
-    "Energy of the mean update that the current version kept; over modules.",
+    "Energy of the current version relative to that of the mean update: what was kept, and for strategies that do not "
+    "average updates also what they made up; over modules.",
     "run",
     "stat",
 )
@@ -151,15 +152,46 @@ TRUNCATION_ERROR: Final = _gauge(
     "run",
     "stat",
 )
+AGGREGATION_BIAS: Final = _gauge(
+    "glora_aggregation_bias_ratio",
+    "The part of the truncation error that no larger rank mends: 0 where updates are averaged; over modules.",
+    "run",
+    "stat",
+)
+MEAN_NORM: Final = _gauge("glora_mean_update_norm", "Frobenius norm of the mean update; over modules.", "run", "stat")
 EIGENGAP: Final = _gauge(
     "glora_eigengap_ratio",
-    "Eigengap at the server's rank, relative to the largest eigenvalue; over modules.",
+    "Eigengap where the common space ends, relative to the largest eigenvalue; over modules.",
+    "run",
+    "stat",
+)
+PRINCIPAL_ANGLE: Final = _gauge(
+    "glora_principal_angle_radians",
+    "Largest principal angle between the current and the previous version; over modules.",
+    "run",
+    "stat",
+)
+COVERAGE: Final = _gauge(
+    "glora_coverage_ratio",
+    "Share of the weight of devices that could train the server's last direction; over modules.",
     "run",
     "stat",
 )
 CONSENSUS: Final = _gauge(
     "glora_consensus_ratio",
     "Cosine between a device's change and the mean change, by weight; over modules.",
+    "run",
+    "stat",
+)
+CAPTURE: Final = _gauge(
+    "glora_capture_ratio",
+    "Part of a device's update inside the common space, mean by weight; over modules.",
+    "run",
+    "stat",
+)
+INFLUENCE: Final = _gauge(
+    "glora_influence_ratio",
+    "How far the mean change would move without a device, relative to it, mean by weight; over modules.",
     "run",
     "stat",
 )

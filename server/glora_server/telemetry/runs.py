@@ -60,8 +60,14 @@ class RunGauges:
         self._qualities: Final[dict[str, Gauge]] = {
             "captured_energy": gauge(names.CAPTURED_ENERGY),
             "truncation_error": gauge(names.TRUNCATION_ERROR),
+            "aggregation_bias": gauge(names.AGGREGATION_BIAS),
+            "mean_norm": gauge(names.MEAN_NORM),
             "eigengap": gauge(names.EIGENGAP),
+            "angle": gauge(names.PRINCIPAL_ANGLE),
+            "coverage": gauge(names.COVERAGE),
             "consensus": gauge(names.CONSENSUS),
+            "capture": gauge(names.CAPTURE),
+            "influence": gauge(names.INFLUENCE),
             "effective_rank": gauge(names.EFFECTIVE_RANK),
         }
         self._loss = gauge(names.MODEL_LOSS)
