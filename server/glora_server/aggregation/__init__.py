@@ -1,8 +1,8 @@
 """Federated aggregation of LoRA updates, one module at a time: pure functions of tensors.
 
 `aggregate` folds a round's updates into a `LayerState`, `readout` hands it out at any rank, `STRATEGIES` lists the
-ways to do it, `dense_average` is for tensors that are not LoRA factors. Nothing here forms a d×n matrix, reads a
-clock, file or setting.
+ways to do it, `dense_average` is for tensors that are not LoRA factors. Nothing here forms a matrix larger than the
+uploads, reads a clock, file or setting.
 """
 
 from glora_server.aggregation.api import (

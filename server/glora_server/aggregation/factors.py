@@ -1,8 +1,8 @@
 r"""Low-rank factors of one module: records, checks, norms, gauge fixing.
 
 A device trains :math:`B (d\times r), A (r\times n)`; what it says is :math:`\Delta W = sBA`. Everything here
-depends on the product only, is computed from thin QR cores in float64, and never forms a d×n matrix. `d` = out
-features, `n` = in features.
+depends on the product only and is computed from thin QR cores in float64; a product is formed where it is no larger
+than its factors, and nowhere else. `d` = out features, `n` = in features.
 """
 
 import math

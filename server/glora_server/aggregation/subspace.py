@@ -17,8 +17,8 @@ Rank-normalised votes use p_i·ρ̄/ρ_i, ρ̄ = Σp_iρ_i, in place of p_i (not
 has the same vote mass by weight, whatever its rank, and with equal ranks nothing changes. An anchor β uses
 (1 − β)K + βU_{t−1}U_{t−1}ᵀ, which steadies the space between rounds.
 
-K is never formed: its eigenvectors are the left singular vectors of Z = [√(p_i w_ij) u_ij], in coordinates of the
-joint frame. All rules see {X_i, p_i} only, so none can depend on a device's gauge.
+K's eigenvectors are the left singular vectors of Z = [√(p_i w_ij) u_ij] in coordinates of the joint frame, where K is
+no larger than Z and is formed if that is cheaper. All rules see {X_i, p_i} only, so none can depend on a device's gauge.
 """
 
 import math
