@@ -58,6 +58,9 @@ class Diagnostics:
     `aggregation_bias` ‖T − ΣpX‖/‖ΣpX‖, T what the strategy would keep at any R: 0 for exact ones, and for others the
     part of the error, and of an energy above 1, that no larger R mends; `coverage` w_j = Σ_{i: r_i ≥ j} p_i for
     j = 1…R; `angles` to the previous version, None when either is the zero state.
+
+    Fast rounds, and large ones of strategies that average factors, estimate from 16 random probes what needs all inner
+    products of the devices: `mean_norm` and what follows from it within some per cent, cosines within about 0.1.
     """
 
     eigenvalues: tuple[float, ...]

@@ -18,7 +18,8 @@ has the same vote mass by weight, whatever its rank, and with equal ranks nothin
 (1 − β)K + βU_{t−1}U_{t−1}ᵀ, which steadies the space between rounds.
 
 K's eigenvectors are the left singular vectors of Z = [√(p_i w_ij) u_ij] in coordinates of the joint frame, where K is
-no larger than Z and is formed if that is cheaper. All rules see {X_i, p_i} only, so none can depend on a device's gauge.
+no larger than Z and is formed if that is cheaper. All rules see {X_i, p_i} only, so none can depend on a device's
+gauge.
 """
 
 import math

@@ -269,13 +269,14 @@ def _diagnostics(
     norm = norm if norm > rounding_floor(outcome.mean.magnitude()) else 0.0
     norms = client_norms(terms)
     held = float(torch.linalg.vector_norm(found.sigma[: outcome.kept]))
+    captured = (held / norm) ** 2 if norm else 1.0
     biased = norm and not outcome.exact
     return Diagnostics(
         eigenvalues=(),
         eigengap=None,
         sigma=tuple(new.sigma.tolist()),
         mean_norm=norm,
-        captured_energy=(held / norm) ** 2 if norm else 1.0,
+        captured_energy=min(1.0, captured) if outcome.exact else captured,
         truncation_error=outcome.distance(outcome.kept) / norm if norm else 0.0,
         aggregation_bias=outcome.distance(found.sigma.numel()) / norm if biased else 0.0,
         coverage=coverage(updates, terms.weights, rank),

@@ -7,7 +7,8 @@ A device of rank r gets the first r columns and rows. Devices prune themselves (
 + λ‖B[:, γr:]‖_F‖A[γr:, :]‖_F, and after training the rank shrinks to ⌊γr⌋ when that product fell. Inexact, and columns
 carry meaning: depends on the gauge.
 ‖ΔW_k‖ comes from QR cores. The scale is folded in as √s on both factors (the released reimplementation drops it and
-divides by a wrong one when it loads). When every update is zero, p_k is the share of training rows.
+divides by a wrong one when it loads). When every update is zero, p_k is the share of training rows. The mean that
+diagnostics compare with is the one with these p_k.
 
 O(N(d + n)r² + (d + n)R). Source: arXiv 2401.06432; `weights` = "rows" is the variant "weighted HetLoRA".
 """
