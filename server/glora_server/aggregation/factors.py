@@ -126,6 +126,16 @@ def core_svd(left: Tensor, right: Tensor) -> CompactSvd:
     return CompactSvd(u=q_left @ core.u, sigma=core.sigma, v=q_right @ core.v)
 
 
+def core_left(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """(u, sigma) of `core_svd`, for two thirds of its cost where X has fewer columns than rows."""
+    if left.shape[-1] > min(left.shape[-2], right.shape[-2]):
+        found = svd(left @ right.mT)
+        return found.u, found.sigma
+    q_left, t_left = torch.linalg.qr(left)
+    core = svd(t_left @ torch.linalg.qr(right, mode="r").R.mT)
+    return q_left @ core.u, core.sigma
+
+
 def delta_norm(b: Tensor, a: Tensor, scale: float) -> float:
     r"""‖sBA‖_F from the two QR cores, :math:`s\|T_BT_A^\top\|_F`: error ~ eps‖B‖‖A‖, where a Gram form has its square.
 

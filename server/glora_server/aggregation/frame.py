@@ -23,7 +23,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.factors import COMPUTE_DTYPE, EPS, CompactSvd, core_svd, singular_values
+from glora_server.aggregation.factors import COMPUTE_DTYPE, EPS, CompactSvd, core_left, core_svd, singular_values
 from glora_server.aggregation.product import times_transposed
 
 _ROWS_AT_A_TIME = 512
@@ -78,6 +78,10 @@ class Coordinates:
     def svd(self) -> CompactSvd:
         """SVD of X in coordinates of the frame."""
         return core_svd(self.left, self.right)
+
+    def left_svd(self) -> tuple[Tensor, Tensor]:
+        """Left singular vectors, in coordinates of the frame, and singular values."""
+        return core_left(self.left, self.right)
 
     def _core(self) -> Tensor:
         t_left = torch.linalg.qr(self.left, mode="r").R

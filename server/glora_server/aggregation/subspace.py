@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.diagnostics import eigengap
-from glora_server.aggregation.factors import EPS, CompactSvd, numerical_rank, svd
+from glora_server.aggregation.factors import EPS, numerical_rank, svd
 from glora_server.aggregation.frame import rounding_floor
 from glora_server.aggregation.rules import ClientNorms, RoundTerms
 
@@ -67,7 +67,16 @@ class Consensus:
         return eigengap(self.spectrum.tolist(), self.basis.shape[1])
 
 
-def reveal(terms: RoundTerms, rank_tol: float) -> tuple[tuple[CompactSvd, ClientNorms], ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revealed:
+    """Left singular vectors (q×ρ_i) and values of what a client vouches for, and how large all that it said is."""
+
+    u: Tensor
+    sigma: Tensor
+    norms: ClientNorms
+
+
+def reveal(terms: RoundTerms, rank_tol: float) -> tuple[Revealed, ...]:
     r"""Each X_i cut to the directions that its device vouches for, and ‖ΔW_i‖ and ‖D_i‖, which that finds on its way.
 
     Rounding to the wire dtype perturbs an upload by about rank_tol relative to the *terms* of X_i = S + D_i, and
@@ -87,17 +96,17 @@ def reveal(terms: RoundTerms, rank_tol: float) -> tuple[tuple[CompactSvd, Client
     revealed = []
     for client, change in enumerate(terms.changes):
         said = terms.said(client)
-        found = frame.coordinates(said).svd()
-        top, norm = float(found.sigma[0]), float(torch.linalg.vector_norm(found.sigma))
+        u, sigma = frame.coordinates(said).left_svd()
+        top, norm = float(sigma[0]), float(torch.linalg.vector_norm(sigma))
         changed, terms_norm, own_norm = top, top, norm
         if terms.base or len(change) > 1:
             changed, norm = frame.coordinates(change).norms()
             own, own_norm = (changed, norm) if len(change) == 1 else frame.coordinates(change[:1]).norms()
             terms_norm = max(top, changed, base_norm, own)
         floor = max(min(rank_tol * terms_norm, changed), rounding_floor(frame.magnitude(said)))
-        keep = numerical_rank(found.sigma, tolerance=0.0, floor=floor)
-        cut = CompactSvd(u=found.u[:, :keep], sigma=found.sigma[:keep], v=found.v[:, :keep])
-        revealed.append((cut, terms.norms(client, step=own_norm, change=norm)))
+        keep = numerical_rank(sigma, tolerance=0.0, floor=floor)
+        norms = terms.norms(client, step=own_norm, change=norm)
+        revealed.append(Revealed(u=u[:, :keep], sigma=sigma[:keep], norms=norms))
     return tuple(revealed)
 
 
@@ -124,12 +133,12 @@ class Voting:
 
 def consensus(voting: Voting, terms: RoundTerms, *, rank: int, rank_tol: float) -> Consensus:
     """TopEig_R(K) in coordinates of the frame; fewer than `rank` columns when K has a smaller rank."""
-    clients, norms = zip(*reveal(terms, rank_tol), strict=True)
-    votes = tuple(client.sigma.numel() for client in clients)
+    clients = reveal(terms, rank_tol)
+    votes, norms = tuple(client.sigma.numel() for client in clients), tuple(client.norms for client in clients)
     if voting.subspace is Subspace.MEAN:
         mean = terms.frame.coordinates(terms.mean())
-        found = mean.svd()
-        keep = min(rank, numerical_rank(found.sigma, tolerance=0.0, floor=rounding_floor(mean.magnitude())))
+        basis, sigma = mean.left_svd()
+        keep = min(rank, numerical_rank(sigma, tolerance=0.0, floor=rounding_floor(mean.magnitude())))
     else:
         weights = _by_rank(terms.weights, votes) if voting.rank_normalised else terms.weights
         stack = _stack(voting, clients, weights)
@@ -140,9 +149,9 @@ def consensus(voting: Voting, terms: RoundTerms, *, rank: int, rank_tol: float) 
         if bounded and min(stack.shape) > _LARGE:
             basis, spectrum = _by_eigh(stack, rank)
             return Consensus(basis=basis, spectrum=spectrum, votes=votes, norms=norms)
-        found = _left_svd(stack)
-        keep = min(rank, numerical_rank(found.sigma, tolerance=found.u.shape[0] * EPS))
-    return Consensus(basis=found.u[:, :keep], spectrum=found.sigma.square(), votes=votes, norms=norms)
+        basis, sigma = _left_svd(stack)
+        keep = min(rank, numerical_rank(sigma, tolerance=basis.shape[0] * EPS))
+    return Consensus(basis=basis[:, :keep], spectrum=sigma.square(), votes=votes, norms=norms)
 
 
 def _by_eigh(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +172,7 @@ def _by_rank(weights: Sequence[float], votes: Sequence[int]) -> tuple[float, ...
     return tuple(weight * mean / count if count else 0.0 for weight, count in zip(weights, votes, strict=True))
 
 
-def _stack(voting: Voting, clients: Sequence[CompactSvd], weights: Sequence[float]) -> Tensor:
+def _stack(voting: Voting, clients: Sequence[Revealed], weights: Sequence[float]) -> Tensor:
     """Z (q×Σρ)."""
     return torch.cat(
         [
@@ -186,8 +195,12 @@ def _root_votes(subspace: Subspace, sigma: Tensor, ridge_tau: float) -> Tensor:
     return sigma
 
 
-def _left_svd(stack: Tensor) -> CompactSvd:
-    """SVD of Z; a wide Z is first reduced to a square by an LQ factorisation, which keeps its left singular vectors."""
+def _left_svd(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and values of Z.
+
+    A wide Z is first reduced to a square by an LQ factorisation, which keeps both.
+    """
     if stack.shape[1] > stack.shape[0]:
         stack = torch.linalg.qr(stack.mT, mode="r").R.mT
-    return svd(stack)
+    found = svd(stack)
+    return found.u, found.sigma
