@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import os
 import shutil
@@ -366,6 +367,9 @@ async def _serve(settings: Settings) -> None:
             http=server.http_url,
             data_dir=str(settings.data_dir),
         )
+        # What is there now stays: the collector need not walk through it again in every round.
+        gc.collect()
+        gc.freeze()
         if server.first_admin_password is not None:
             _show_first_password(server.http_url, server.first_admin_password)
         await stop.wait()

@@ -327,7 +327,7 @@ def _own(device: Device, assignment_id: AssignmentId, uow: UnitOfWork) -> Assign
 def _context(assignment: Assignment, uow: UnitOfWork) -> tuple[Run, Version, int]:
     """Run, version, and the number of the round (evaluate: of the version)."""
     version = uow.versions.get(assignment.version_id)
-    number = version.number if assignment.round_id is None else uow.rounds.get(assignment.round_id).number
+    number = version.number if assignment.round_id is None else uow.rounds.number(assignment.round_id)
     return uow.runs.get(assignment.run_id), version, number
 
 

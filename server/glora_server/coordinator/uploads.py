@@ -195,9 +195,7 @@ class UploadService:
             await self.hub.signals.wait(key, seen, left)
 
     async def _check_header(self, assignment: Assignment, round_id: RoundId, header: UploadHeader) -> None:
-        run, number = await self.store.read(
-            lambda uow: (uow.runs.get(assignment.run_id), uow.rounds.get(round_id).number)
-        )
+        run, number = await self.store.read(lambda uow: (uow.runs.get(assignment.run_id), uow.rounds.number(round_id)))
         spec = RunSpec.from_json(run.spec_json)
         wanted = await self.catalogue.of_round(spec, number)
         limit = max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype, wanted.upload_set)

@@ -29,6 +29,7 @@ from glora_server.engines.protocol import (
     ListStrategies,
     Result,
 )
+from glora_server.memory import keep_buffers
 from glora_wire.errors import GloraError, Reason
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _end_with(parent)
+    keep_buffers()
     with Connection(descriptor) as pipe:
         try:
             return _serve(pipe, device, threads)

@@ -122,6 +122,10 @@ class Rounds(Protocol):
         """Store a new round (and its assignments)."""
         ...
 
+    def number(self, round_id: RoundId) -> int:
+        """The round's number, without its assignments; raises ROUND_UNKNOWN."""
+        ...
+
     def get(self, round_id: RoundId) -> Round:
         """The round with all assignments; raises ROUND_UNKNOWN."""
         ...

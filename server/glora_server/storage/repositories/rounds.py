@@ -54,6 +54,13 @@ class RoundRepository:
             raise GloraError(Reason.ROUND_UNKNOWN, f"There is no round {round_id!r}.", round=round_id)
         return self._see(row)
 
+    def number(self, round_id: RoundId) -> int:
+        """The round's number, without its assignments; raises ROUND_UNKNOWN."""
+        row = self._session.first(select(RoundRow.number).where(RoundRow.id == round_id))
+        if row is None:
+            raise GloraError(Reason.ROUND_UNKNOWN, f"There is no round {round_id!r}.", round=round_id)
+        return int(row.number)
+
     def save(self, round_: Round) -> Round:
         """Store the round and those assignments that changed; raises STALE_STATE."""
         saved = save_row(self._session, RoundRow, round_, what=f"Round {round_.number}", without=_OWN)
