@@ -1,6 +1,6 @@
 r"""The leading R eigenvectors of K.
 
-Few columns (n = Σc + Σr small): all of K in the coordinates of F = [U_T … N_1 … N_m], from FᵀF in float64; exact.
+Few columns (n = Σc + Σr small): all of K in the coordinates of F = [U_T … E_1 … E_m], from FᵀF in float64; exact.
 Many: block Krylov. From an orthonormal start V_0 (the last U_ref and K times random columns, or these alone)
 :math:`V_{j+1} = \mathrm{orth}((I - VV^\top)KV_j)`, each K·V_j in reduced precision, until little is left to gain for
 the sum of the R largest Ritz values :math:`\theta = \mathrm{eig}(V^\top KV)`; then one more step that ends in float32,
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.fast.devices import unit_columns
 from glora_server.aggregation.fast.intake import Group
 from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, probed_sum
 from glora_server.aggregation.fast.probes import gaussian
@@ -266,47 +265,41 @@ def _orthonormal_image(image: Tensor) -> Tensor:
 def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int) -> Span:
     frame = _frame(groups)
     core = _mean_core(groups) if subspace is Subspace.MEAN else _vote_core(groups)
-    squares, turn = torch.linalg.eigh(frame @ frame.mT)
+    gram = frame.mT @ frame
+    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+    norms = torch.where(norms > 0, norms, 1.0)
+    scales = norms[..., None] * norms[:, None]
+    squares, turn = torch.linalg.eigh(gram / scales)
     alive = squares > 1e-13 * squares[:, -1:]
     root = torch.where(alive, squares, 0.0).sqrt()
-    inside = root[..., None] * (turn.mT @ core @ turn) * root[:, None]
+    inside = root[..., None] * (turn.mT @ (core * scales) @ turn) * root[:, None]
     values, ritz = torch.linalg.eigh((inside + inside.mT) / 2)
     values, ritz = values.flip(1).clamp(min=0), ritz.flip(2)[..., :rank]
     ritz = ritz * (values[:, :rank] > 1e-13 * values[:, :1])[:, None]
-    back = _inverse_roots(squares, turn, 1e-13 * squares[:, -1:])
+    back = _inverse_roots(squares, turn, 1e-13 * squares[:, -1:]) @ ritz
     whole = (True,) * groups[0].devices.shape.modules
-    return Span(basis=frame.mT @ (back @ ritz), spectrum=values, probed=probed_sum(groups), whole=whole)
+    return Span(basis=frame @ (back / norms[..., None]), spectrum=values, probed=probed_sum(groups), whole=whole)
 
 
 def _frame(groups: Sequence[Group]) -> Tensor:
-    """Fᵀ (M×n×d), float64, group by group: U_Tᵀ, then the N_iᵀ."""
+    """F (M×d×n), float64, group by group: U_T, then the E_i."""
     parts = []
     for group in groups:
-        units = group.units
-        b, _ = _factors(group)
-        made = unit_columns(b, units.lift, units.shift, units.u[:, None], precise=True)
-        parts += [group.tail.u.mT, made.mT.flatten(1, 2)]
-    return torch.cat(parts, dim=1)
-
-
-def _factors(group: Group) -> tuple[Tensor, Tensor]:
-    """All B_i (M×m×d×r) and A_i (M×m×r×n), copied."""
-    sizes = group.devices.shape
-    modules, devices = torch.cartesian_prod(torch.arange(sizes.modules), torch.arange(sizes.devices)).mT.tolist()
-    b, a = group.devices.picked(modules, devices)
-    leading = sizes.modules, sizes.devices
-    return b.view(*leading, sizes.d, sizes.rank), a.view(*leading, sizes.rank, sizes.n)
+        columns = group.devices.columns(group.units, torch.float64, keep=True)
+        parts += [group.tail.u, *(block for _, block in columns.blocks())]
+    parts = [part for part in parts if part.shape[2]]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def _vote_core(groups: Sequence[Group]) -> Tensor:
-    """Σ_i of the votes in coordinates of F (M×n×n)."""
+    """C (M×n×n) with K = F·C·Fᵀ, the sum of the votes."""
     size = _columns(groups)
     core = groups[0].vote.new_zeros((groups[0].vote.shape[0], size, size))
     at = 0
     for group in groups:
         c, r = group.tail.width, group.rank
         shared = slice(at, at + c)
-        for j, vote in enumerate(group.vote.unbind(dim=1)):
+        for j, vote in enumerate(group.core().unbind(dim=1)):
             own = slice(at + c + j * r, at + c + (j + 1) * r)
             core[:, shared, shared] += vote[:, :c, :c]
             core[:, shared, own] = vote[:, :c, c:]
@@ -320,10 +313,19 @@ def _mean_core(groups: Sequence[Group]) -> Tensor:
     """YYᵀ (M×n×n) with M = F·Y."""
     parts = []
     for group in groups:
-        tail, share = group.tail, group.batch.share.sum(dim=1)[:, None, None]
-        weighted = group.weights * _factors(group)[1].double()
-        on_tail = (tail.v * tail.sigma[:, None]).mT * share + (group.cross @ weighted).sum(dim=1)
-        parts += [on_tail, (group.fold() @ weighted).flatten(1, 2)]
+        tail, share, plain = group.tail, group.batch.share.sum(dim=1)[:, None, None], group.units.plain[..., None, None]
+        weighted = group.weights * _right_factors(group)
+        on_tail = torch.where(plain, 0.0, group.cross @ weighted).sum(dim=1)
+        own = torch.where(plain, weighted, group.fold() @ weighted)
+        parts += [(tail.v * tail.sigma[:, None]).mT * share + on_tail, own.flatten(1, 2)]
     right = torch.cat(parts, dim=1)
     core: Tensor = right @ right.mT
     return core
+
+
+def _right_factors(group: Group) -> Tensor:
+    """All A_i (M×m×r×n), float64, copied."""
+    sizes = group.devices.shape
+    modules, devices = torch.cartesian_prod(torch.arange(sizes.modules), torch.arange(sizes.devices)).mT.tolist()
+    _, a = group.devices.picked(modules, devices)
+    return a.view(sizes.modules, sizes.devices, sizes.rank, sizes.n).double()
