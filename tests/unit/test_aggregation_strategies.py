@@ -247,11 +247,11 @@ def test_strategies_declare_what_they_need() -> None:
 
 def test_plans_are_checked() -> None:
     glora = STRATEGIES["glora"]
-    glora.check_plan([2, 4, 8], {})
+    glora.check_plan([2, 4, 8])
     with pytest.raises(e.RankError):
-        glora.check_plan([2, 0], {})
+        glora.check_plan([2, 0])
     with pytest.raises(e.EmptyUpdatesError):
-        glora.check_plan([], {})
+        glora.check_plan([])
 
     class EqualRanks(Glora):
         properties = replace(glora.properties, mixed_ranks=False)

@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 import torch
@@ -15,6 +16,10 @@ from glora_server.aggregation.errors import ContractError, EmptyUpdatesError, Mi
 from glora_server.aggregation.factors import ClientUpdate
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey
 from glora_server.aggregation.strategies.options import Option, OptionValue
+
+
+DEFAULTS: Mapping[str, OptionValue] = MappingProxyType({})
+"""No option given."""
 
 
 class TrainMask(StrEnum):
@@ -152,7 +157,7 @@ class Strategy(Protocol):
         """What devices must do in that round, given resolved options."""
         raise NotImplementedError
 
-    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue]) -> None:  # noqa: ARG002
+    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue] = DEFAULTS) -> None:  # noqa: ARG002
         """Raise RankError, MixedRanksError or OptionError when devices of these ranks cannot take part in one run."""
         if not ranks:
             raise EmptyUpdatesError("A plan needs at least one device rank.")

@@ -22,7 +22,13 @@ from glora_server.aggregation.factors import ClientUpdate, normalised_weights
 from glora_server.aggregation.frame import Coordinates, Term
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, slice_readout
 from glora_server.aggregation.strategies.averages import joined, spectral_result, update_terms
-from glora_server.aggregation.strategies.base import AggregationResult, ClientContract, Properties, Strategy
+from glora_server.aggregation.strategies.base import (
+    DEFAULTS,
+    AggregationResult,
+    ClientContract,
+    Properties,
+    Strategy,
+)
 from glora_server.aggregation.strategies.options import Option, OptionValue, RanksOption
 
 
@@ -53,7 +59,7 @@ class Raflora(Strategy):
         return ClientContract()
 
     @override
-    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue]) -> None:
+    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue] = DEFAULTS) -> None:
         """Every device must have a slice, and the largest ones no columns beyond the last."""
         super().check_plan(ranks, options)
         ends = _levels(options)
@@ -99,7 +105,7 @@ class Raflora(Strategy):
 
 def _levels(options: Mapping[str, OptionValue]) -> list[int]:
     """ℓ_1, ℓ_2, …; empty where every rank is a level."""
-    levels = options["levels"]
+    levels = options.get("levels")
     return [] if levels is None else [int(level) for level in str(levels).split(",")]
 
 
