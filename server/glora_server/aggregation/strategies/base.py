@@ -17,7 +17,6 @@ from glora_server.aggregation.factors import ClientUpdate
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey
 from glora_server.aggregation.strategies.options import Option, OptionValue
 
-
 DEFAULTS: Mapping[str, OptionValue] = MappingProxyType({})
 """No option given."""
 
