@@ -27,6 +27,8 @@ from glora_server.aggregation.factors import COMPUTE_DTYPE, EPS, CompactSvd, cor
 from glora_server.aggregation.product import times_transposed
 
 _ROWS_AT_A_TIME = 512
+_LEAST, _MOST = 1e-12, 1e12
+"""Norms of columns that float32 holds, and whose products it holds as well."""
 _LARGE = 1 << 26
 """Multiplications from which a product for diagnostics is tried in float32."""
 
@@ -157,11 +159,14 @@ class JointFrame:
 
     @cached_property
     def _rough(self) -> Coordinates:
-        """All columns in float32, those of the right of norm 1: the gauge takes no part in their rounding.
+        """All columns in float32, half the memory of the float64 ones once more.
 
-        Half the memory of the float64 columns once more.
+        Rounding is relative to each number, so a gauge takes no part in it; one that could leave float32's range is
+        balanced first, so that columns of the right have norm 1.
         """
         left, right = self._left.columns, self._right.columns
+        if _is_moderate(left) and _is_moderate(right):
+            return Coordinates(left=left.float().contiguous(), right=right.float())
         norms = torch.linalg.vector_norm(right, dim=0)
         norms = torch.where(norms > 0, norms, 1.0)
         return Coordinates(left=(left * norms).float().contiguous(), right=(right / norms).float())
@@ -208,6 +213,12 @@ class JointFrame:
     def lift_right(self, coordinates: Tensor) -> Tensor:
         """Q_R · coordinates (q_R×m → n×m)."""
         return self._right.lift(coordinates)
+
+
+def _is_moderate(columns: Tensor) -> bool:
+    """Whether float32 holds all columns, and their products."""
+    norms = torch.linalg.vector_norm(columns, dim=0)
+    return bool(((norms == 0) | ((norms > _LEAST) & (norms < _MOST))).all())
 
 
 def _some_rows(matrix: Tensor) -> tuple[Tensor, ...]:
