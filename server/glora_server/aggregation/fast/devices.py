@@ -95,7 +95,9 @@ class Devices(Protocol):
         ...
 
     def columns(self, units: Units, low: torch.dtype, *, keep: bool) -> Columns:
-        """The E_i; `low` is the reduced precision (or float32), and `keep` allows to hold all of them in it."""
+        """The E_i; `low` is the precision of blocks (reduced, float32, or float64, in which they are then made), and
+        `keep` allows to hold all of them in it.
+        """
         ...
 
     def onto(self, rows: Tensor) -> Tensor:
@@ -223,7 +225,7 @@ class ListedColumns:
         self._b = b
         self._units = units
         self._plain: list[bool] = units.plain[0].tolist()
-        self._precise: list[bool] = units.precise[0].tolist()
+        self._precise: list[bool] = (units.precise[0] | (low == torch.float64)).tolist()
         self._low = low
         self._keeps = keep
         self._kept: Tensor | None = None

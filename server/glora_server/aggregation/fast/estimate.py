@@ -42,14 +42,15 @@ def estimated_diagnostics(
     inside = survey.folded.inside[0].to(target.dtype)
     norm = math.hypot(_norm(inside), survey.lost[0])
     error = math.hypot(_norm(inside - target), survey.lost[0])
+    error = error / norm if error > ROUNDING * norm else 0.0
     return Diagnostics(
         eigenvalues=(),
         eigengap=None,
         sigma=tuple(new.sigma.tolist()),
         mean_norm=norm,
         captured_energy=(_norm(target) / norm) ** 2 if norm else 1.0,
-        truncation_error=error / norm if error > ROUNDING * norm else 0.0,
-        aggregation_bias=error / norm if error > ROUNDING * norm else 0.0,
+        truncation_error=error,
+        aggregation_bias=error,
         coverage=coverage(updates, weights, rank),
         clients=tuple(replace(client, votes=None) for client in survey.clients[0]),
         angles=principal_angles(previous, new),

@@ -308,7 +308,8 @@ def _votes(
             return batch.share[..., None, None] * unit, all_votes
     values, vectors = torch.linalg.eigh(cores.h)
     sigma = values.clamp(min=0).sqrt()
-    sizes = spectral_sizes(batch, grams, cores)
+    # Under replace a device has no terms beside X_i.
+    sizes = frobenius_sizes(batch, cores) if rule.rule is Rule.REPLACE else spectral_sizes(batch, grams, cores)
     kept = sigma > _floor(rule, batch, cores, sizes, modules, top=sigma[..., -1])[..., None]
     weight = batch.share[..., None] * _vote_weights(rule.voting, torch.where(kept, values, 0.0), kept)
     return (vectors * weight[..., None, :]) @ vectors.mT, kept.sum(dim=-1)

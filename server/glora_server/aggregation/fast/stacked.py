@@ -70,10 +70,11 @@ class StackedColumns:
         self._raw = _side_by_side(b)
         self._units = self._raw
         if not bool(units.plain.all()):
-            precise = bool(units.precise.any())
-            made = unit_columns(b, units.lift, units.shift, units.u[:, None], precise=precise).float()
-            self._units = _side_by_side(torch.where(units.plain[..., None, None], b, made))
+            precise = low == torch.float64 or bool(units.precise.any())
+            made = unit_columns(b, units.lift, units.shift, units.u[:, None], precise=precise)
+            self._units = _side_by_side(torch.where(units.plain[..., None, None], b.to(made.dtype), made))
         self._low = self._units.to(low)
+        self._units = self._units.float()
         self._devices = slice(0, b.shape[1])
 
     def blocks(self) -> Iterator[tuple[slice, Tensor]]:

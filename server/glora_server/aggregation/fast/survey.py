@@ -134,6 +134,12 @@ class Survey:
         return norms
 
     @cached_property
+    def mean_changes(self) -> list[float]:
+        """‖Σp_iD_i‖_F of each module, estimated."""
+        norms: list[float] = (torch.linalg.matrix_norm(self.images.changes.double()) / math.sqrt(PROBES)).tolist()
+        return norms
+
+    @cached_property
     def clients(self) -> list[tuple[ClientDiagnostics, ...]]:
         """One record per device, for each module, in the order of the updates."""
         by_group = [_clients(group, self, position) for position, group in enumerate(self.groups)]
@@ -155,7 +161,6 @@ def _clients(group: Group, survey: Survey, position: int) -> list[list[ClientDia
     capture = torch.where(products > 0, (caught / products).sqrt().clamp(max=1.0), 1.0)
     cosines, change_cosines = _cosines(group, survey, position)
     columns = (group.batch.share, group.votes, group.norms, group.changes, cosines, change_cosines, capture)
-    mean_changes = (torch.linalg.matrix_norm(survey.images.changes.double()) / math.sqrt(PROBES)).tolist()
     return [
         [
             ClientDiagnostics(
@@ -171,7 +176,7 @@ def _clients(group: Group, survey: Survey, position: int) -> list[list[ClientDia
             )
             for share, votes, norm, change, cosine, change_cosine, held in zip(*rows, strict=True)
         ]
-        for mean_change, *rows in zip(mean_changes, *(column.tolist() for column in columns), strict=True)
+        for mean_change, *rows in zip(survey.mean_changes, *(column.tolist() for column in columns), strict=True)
     ]
 
 
