@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from glora_server.aggregation.errors import DeviceError, RankError, StateError
-from glora_server.aggregation.factors import ClientUpdate, check_updates
+from glora_server.aggregation.factors import ClientUpdate, check_updates, is_rank
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, check_state
 from glora_server.aggregation.strategies import find_strategy
 from glora_server.aggregation.strategies.base import AggregationResult, Strategy, check_uploaded
@@ -115,7 +115,7 @@ def _check(
     round_index: int,
     options: Mapping[str, OptionValue],
 ) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not is_rank(rank):
         raise RankError(f"The server rank is {rank!r}; it must be a whole number from 1.")
     check_updates(updates)
     check_uploaded(updates, strategy.contract(options, round_index=round_index).upload, name=strategy.name)

@@ -118,7 +118,7 @@ def core_svd(left: Tensor, right: Tensor) -> CompactSvd:
     with more columns than X has on its short side X itself is the smaller core, O(dnk + dn·m) and no larger than the
     factors.
     """
-    if left.shape[-1] > min(left.shape[-2], right.shape[-2]):
+    if _is_wide(left, right):
         return svd(left @ right.mT)
     q_left, t_left = torch.linalg.qr(left)
     q_right, t_right = torch.linalg.qr(right)
@@ -126,9 +126,14 @@ def core_svd(left: Tensor, right: Tensor) -> CompactSvd:
     return CompactSvd(u=q_left @ core.u, sigma=core.sigma, v=q_right @ core.v)
 
 
+def _is_wide(left: Tensor, right: Tensor) -> bool:
+    """Whether L Rᵀ is a smaller core than the triangles of L and R."""
+    return left.shape[-1] > min(left.shape[-2], right.shape[-2])
+
+
 def core_left(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """(u, sigma) of `core_svd`, which costs a third less for thin factors: Q_R is never made."""
-    if left.shape[-1] > min(left.shape[-2], right.shape[-2]):
+    if _is_wide(left, right):
         found = svd(left @ right.mT)
         return found.u, found.sigma
     q_left, t_left = torch.linalg.qr(left)
@@ -275,6 +280,11 @@ def _check_all_finite(updates: Sequence[ClientUpdate]) -> None:
         _check_finite(update.b, update.a, name=f"Update {position}")
         if update.sent is not None:
             _check_finite(*update.sent, name=f"Update {position}, as sent,")
+
+
+def is_rank(value: object) -> bool:
+    """Whether it is a whole number from 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_scale(scale: float, *, name: str) -> None:

@@ -22,6 +22,7 @@ from glora_server.aggregation.factors import (
     check_factors,
     check_scale,
     core_svd,
+    is_rank,
     numerical_rank,
 )
 
@@ -185,7 +186,7 @@ def refill_rows(live: Tensor, *, first: int, last: int, key: RefillKey) -> Tenso
 
 def check_readout(rank: int, scale: float) -> None:
     """Raise RankError or ScaleError unless an adapter of that rank and scale can be made."""
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not is_rank(rank):
         raise RankError(f"A readout of rank {rank!r} was asked for; the rank must be a whole number from 1.")
     check_scale(scale, name="The readout")
 

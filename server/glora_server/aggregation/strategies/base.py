@@ -17,8 +17,8 @@ from glora_server.aggregation.factors import ClientUpdate
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey
 from glora_server.aggregation.strategies.options import Option, OptionValue
 
-DEFAULTS: Mapping[str, OptionValue] = MappingProxyType({})
-"""No option given."""
+NO_OPTIONS: Mapping[str, OptionValue] = MappingProxyType({})
+"""All at their defaults."""
 
 
 class TrainMask(StrEnum):
@@ -156,7 +156,7 @@ class Strategy(Protocol):
         """What devices must do in that round, given resolved options."""
         raise NotImplementedError
 
-    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue] = DEFAULTS) -> None:  # noqa: ARG002
+    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue] = NO_OPTIONS) -> None:  # noqa: ARG002
         """Raise RankError, MixedRanksError or OptionError when devices of these ranks cannot take part in one run."""
         if not ranks:
             raise EmptyUpdatesError("A plan needs at least one device rank.")

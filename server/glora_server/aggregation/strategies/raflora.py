@@ -23,7 +23,7 @@ from glora_server.aggregation.frame import Coordinates, Term
 from glora_server.aggregation.state import LayerState, ReadoutStyle, RefillKey, slice_readout
 from glora_server.aggregation.strategies.averages import joined, spectral_result, update_terms
 from glora_server.aggregation.strategies.base import (
-    DEFAULTS,
+    NO_OPTIONS,
     AggregationResult,
     ClientContract,
     Properties,
@@ -59,7 +59,7 @@ class Raflora(Strategy):
         return ClientContract()
 
     @override
-    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue] = DEFAULTS) -> None:
+    def check_plan(self, ranks: Sequence[int], options: Mapping[str, OptionValue] = NO_OPTIONS) -> None:
         """Every device must have a slice, and the largest ones no columns beyond the last."""
         super().check_plan(ranks, options)
         ends = _levels(options)
