@@ -17,6 +17,7 @@ from glora_server.storage.repositories.rows import (
     built,
     columns_of,
     page_of,
+    rows_where,
     save_row,
     values_of,
 )
@@ -39,7 +40,7 @@ class DeviceRepository:
 
     def get(self, device_id: DeviceId) -> Device:
         """The device; raises DEVICE_UNKNOWN."""
-        row = self._session.first(columns_of(DeviceRow).where(DeviceRow.id == device_id), lock=True)
+        row = self._session.first(rows_where(DeviceRow, "id"), {"id": device_id}, lock=True)
         if row is None:
             raise _unknown(device_id)
         return built(Device, row)
@@ -59,7 +60,7 @@ class DeviceRepository:
 
     def by_key(self, key_sha256: str) -> Device | None:
         """The device of that public key."""
-        row = self._session.first(columns_of(DeviceRow).where(DeviceRow.key_sha256 == key_sha256), lock=True)
+        row = self._session.first(rows_where(DeviceRow, "key_sha256"), {"key_sha256": key_sha256}, lock=True)
         return None if row is None else built(Device, row)
 
     def save(self, device: Device) -> Device:
@@ -107,7 +108,7 @@ class TokenRepository:
 
     def get(self, token_id: TokenId) -> TokenRecord:
         """The token; raises TOKEN_UNKNOWN."""
-        row = self._session.first(columns_of(TokenRow).where(TokenRow.id == token_id), lock=True)
+        row = self._session.first(rows_where(TokenRow, "id"), {"id": token_id}, lock=True)
         if row is None:
             raise GloraError(
                 Reason.TOKEN_UNKNOWN,

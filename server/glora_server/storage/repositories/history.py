@@ -65,7 +65,7 @@ class HistoryRepository:
         counted = Counter(ended)
         if not counted:
             return
-        statement = insert_into(self._session, OutcomeRow)
+        statement = insert_into(self._session.connection.dialect.name, OutcomeRow)
         statement = statement.on_conflict_do_update(
             index_elements=["device_id", "outcome"], set_={"number": OutcomeRow.number + statement.excluded.number}
         )

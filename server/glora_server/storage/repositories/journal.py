@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
-from sqlalchemy import delete, insert
+from sqlalchemy import bindparam, delete, insert
 
 from glora_server.coordinator.model import AuditEntry, Listing, Owed, Page
 from glora_server.storage.models import AuditRow, OwedRow
@@ -19,6 +20,9 @@ from glora_server.storage.repositories.rows import (
 )
 
 _NUMBERED = {"id"}
+_OWE: Final = insert(OwedRow)
+_PENDING: Final = columns_of(OwedRow).order_by(OwedRow.id)
+_DONE: Final = delete(OwedRow).where(OwedRow.id == bindparam("done"))
 
 
 class AuditRepository:
@@ -47,12 +51,12 @@ class OutboxRepository:
         """Store, in the same transaction as what they follow from; the database numbers them."""
         values = [values_of(item, without=_NUMBERED) for item in owed]
         if values:
-            self._session.connection.execute(insert(OwedRow), values)
+            self._session.connection.execute(_OWE, values)
 
     def pending(self) -> tuple[Owed, ...]:
         """All that is owed, oldest first."""
-        return tuple(built(Owed, row) for row in self._session.rows(columns_of(OwedRow).order_by(OwedRow.id)))
+        return tuple(built(Owed, row) for row in self._session.rows(_PENDING))
 
     def done(self, owed_id: int) -> None:
         """Performed; doing it twice is harmless."""
-        self._session.connection.execute(delete(OwedRow).where(OwedRow.id == owed_id))
+        self._session.connection.execute(_DONE, {"done": owed_id})

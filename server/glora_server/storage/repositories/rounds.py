@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
-from sqlalchemy import insert, select, text, update
+from sqlalchemy import bindparam, insert, select, text
 
 from glora_server.coordinator.model import Listing, Page
 from glora_server.rounds.assignment import Assignment, AssignmentKind, AssignmentPhase
@@ -20,12 +21,35 @@ from glora_server.storage.repositories.rows import (
     add_unless_there,
     columns_of,
     page_of,
+    rows_where,
     save_row,
+    update_row,
     values_of,
 )
 from glora_wire.errors import GloraError, Reason, Refusal
 
 _OWN = {"assignments"}
+
+# Made once: to build a statement takes longer than to execute it.
+_NUMBER: Final = select(RoundRow.number).where(RoundRow.id == bindparam("round"))
+_LATEST: Final = (
+    columns_of(RoundRow)
+    .where(RoundRow.run_id == bindparam("run"))
+    .order_by(RoundRow.number.desc(), RoundRow.attempt.desc())
+    .limit(1)
+)
+_OPEN_FOR: Final = (
+    columns_of(AssignmentRow)
+    .where(AssignmentRow.device_id == bindparam("device"), text(IS_OPEN))
+    .order_by(AssignmentRow.offered_at, AssignmentRow.id)
+)
+_BUSY: Final = select(AssignmentRow.device_id).where(AssignmentRow.kind == AssignmentKind.TRAIN, text(IS_OPEN))
+_ADD: Final = insert(AssignmentRow)
+_OF_ROUNDS: Final = (
+    columns_of(AssignmentRow)
+    .where(AssignmentRow.round_id.in_(bindparam("rounds", expanding=True)))
+    .order_by(AssignmentRow.position, AssignmentRow.id)
+)
 
 
 class RoundRepository:
@@ -49,14 +73,14 @@ class RoundRepository:
 
     def get(self, round_id: RoundId) -> Round:
         """The round with all assignments; raises ROUND_UNKNOWN."""
-        row = self._session.first(columns_of(RoundRow).where(RoundRow.id == round_id), lock=True)
+        row = self._session.first(rows_where(RoundRow, "id"), {"id": round_id}, lock=True)
         if row is None:
             raise GloraError(Reason.ROUND_UNKNOWN, f"There is no round {round_id!r}.", round=round_id)
         return self._see(row)
 
     def number(self, round_id: RoundId) -> int:
         """The round's number, without its assignments; raises ROUND_UNKNOWN."""
-        row = self._session.first(select(RoundRow.number).where(RoundRow.id == round_id))
+        row = self._session.first(_NUMBER, {"round": round_id})
         if row is None:
             raise GloraError(Reason.ROUND_UNKNOWN, f"There is no round {round_id!r}.", round=round_id)
         return int(row.number)
@@ -74,13 +98,7 @@ class RoundRepository:
 
     def latest(self, run_id: RunId) -> Round | None:
         """The newest round (highest number, then attempt) of the run."""
-        statement = (
-            columns_of(RoundRow)
-            .where(RoundRow.run_id == run_id)
-            .order_by(RoundRow.number.desc(), RoundRow.attempt.desc())
-            .limit(1)
-        )
-        row = self._session.first(statement, lock=True)
+        row = self._session.first(_LATEST, {"run": run_id}, lock=True)
         return None if row is None else self._see(row)
 
     def live(self) -> tuple[Round, ...]:
@@ -97,11 +115,11 @@ class RoundRepository:
 
     def assignment(self, assignment_id: AssignmentId) -> Assignment:
         """The assignment; raises ASSIGNMENT_UNKNOWN."""
-        statement = columns_of(AssignmentRow).where(AssignmentRow.id == assignment_id)
-        row = self._session.first(statement)
-        if row is not None and row.round_id is None:
+        statement, wanted = rows_where(AssignmentRow, "id"), {"id": assignment_id}
+        row = self._session.first(statement, wanted)
+        if row is not None and row.round_id is None and self._session.locks:
             # One of a round is guarded by the round's row version; locking it before its round could deadlock.
-            row = self._session.first(statement, lock=True)
+            row = self._session.first(statement, wanted, lock=True)
         if row is None:
             raise _unknown(assignment_id)
         return assignment_of(row)
@@ -118,17 +136,11 @@ class RoundRepository:
 
     def open_for(self, device_id: DeviceId) -> tuple[Assignment, ...]:
         """Open assignments of the device, oldest first."""
-        statement = (
-            columns_of(AssignmentRow)
-            .where(AssignmentRow.device_id == device_id, text(IS_OPEN))
-            .order_by(AssignmentRow.offered_at, AssignmentRow.id)
-        )
-        return tuple(assignment_of(row) for row in self._session.rows(statement))
+        return tuple(assignment_of(row) for row in self._session.rows(_OPEN_FOR, {"device": device_id}))
 
     def busy_devices(self) -> frozenset[DeviceId]:
         """Devices with an open TRAIN assignment."""
-        statement = select(AssignmentRow.device_id).where(AssignmentRow.kind == AssignmentKind.TRAIN, text(IS_OPEN))
-        return frozenset(DeviceId(row.device_id) for row in self._session.rows(statement))
+        return frozenset(DeviceId(row.device_id) for row in self._session.rows(_BUSY))
 
     def declined_for(self, run_id: RunId) -> Mapping[DeviceId, tuple[float, Refusal]]:
         """Devices that declined or failed for good in this run, with when and why (the newest word counts)."""
@@ -163,13 +175,10 @@ class RoundRepository:
     def _add_assignments(self, items: Sequence[tuple[int, Assignment]]) -> None:
         if items:
             values = [values_of(item) | {"position": position} for position, item in items]
-            self._session.connection.execute(insert(AssignmentRow), values)
+            self._session.connection.execute(_ADD, values)
 
     def _update(self, assignment: Assignment) -> None:
-        statement = (
-            update(AssignmentRow).where(AssignmentRow.id == assignment.id).values(values_of(assignment, without={"id"}))
-        )
-        if self._session.connection.execute(statement).rowcount != 1:
+        if not update_row(self._session, AssignmentRow, assignment.id, values_of(assignment, without={"id"})):
             raise _unknown(assignment.id)
 
     def _see(self, row: AnyRow) -> Round:
@@ -194,12 +203,7 @@ class RoundRepository:
         wanted = list(round_ids)
         found: defaultdict[str, list[Assignment]] = defaultdict(list)
         if wanted:
-            statement = (
-                columns_of(AssignmentRow)
-                .where(AssignmentRow.round_id.in_(wanted))
-                .order_by(AssignmentRow.position, AssignmentRow.id)
-            )
-            for row in self._session.rows(statement):
+            for row in self._session.rows(_OF_ROUNDS, {"rounds": wanted}):
                 found[row.round_id].append(assignment_of(row))
         return found
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
@@ -16,6 +17,7 @@ from sqlalchemy import (
     Row,
     Select,
     Text,
+    bindparam,
     cast,
     func,
     insert,
@@ -50,11 +52,11 @@ class Session:
     locks: bool
     now: Callable[[], float]
 
-    def rows(self, statement: Query) -> Sequence[AnyRow]:
-        """All rows of the statement."""
-        return self.connection.execute(statement).all()
+    def rows(self, statement: Query, values: Mapping[str, Any] | None = None) -> Sequence[AnyRow]:
+        """All rows of the statement; `values` of its parameters."""
+        return self.connection.execute(statement, values).all()
 
-    def first(self, statement: Query, *, lock: bool = False) -> AnyRow | None:
+    def first(self, statement: Query, values: Mapping[str, Any] | None = None, *, lock: bool = False) -> AnyRow | None:
         """The first row; with `lock`, kept from other writers until the transaction ends.
 
         SQLite ignores the clause: there BEGIN IMMEDIATE keeps all other writers out. NO KEY: rows that refer to the
@@ -62,12 +64,22 @@ class Session:
         """
         if lock and self.locks:
             statement = statement.with_for_update(key_share=True)
-        return self.connection.execute(statement).first()
+        return self.connection.execute(statement, values).first()
 
 
 def columns_of(row: type[Base]) -> Query:
     """SELECT of all columns of the table."""
     return select(row)
+
+
+@cache
+def rows_where(row: type[Base], *names: str) -> Query:
+    """SELECT of all columns WHERE each of the named ones equals the parameter of its name.
+
+    Made once for each table and names: to build a statement takes five times as long as SQLite needs to answer it.
+    """
+    columns = row.__table__.c
+    return select(row).where(*(columns[name] == bindparam(name) for name in names))
 
 
 def among(session: Session, column: InstrumentedAttribute[Any], values: Collection[str]) -> ColumnElement[bool]:
@@ -90,44 +102,72 @@ def built(record: type[R], row: AnyRow) -> R:
 
 def add_row(session: Session, row: type[Base], values: dict[str, Any]) -> None:
     """INSERT."""
-    session.connection.execute(insert(row).values(values))
+    session.connection.execute(_insert(row), values)
 
 
 def add_unless_there(session: Session, row: type[Base], values: dict[str, Any]) -> bool:
     """INSERT unless a unique key is taken; whether it was inserted. Nothing breaks the transaction."""
-    table = row.__table__
-    first = next(iter(table.primary_key))
-    statement = insert_into(session, row).values(values).on_conflict_do_nothing().returning(first)
-    return session.connection.execute(statement).first() is not None
+    statement = _insert_unless_there(row, session.connection.dialect.name)
+    return session.connection.execute(statement, values).first() is not None
 
 
 def put_rows(session: Session, row: type[Base], values: Sequence[dict[str, Any]]) -> None:
     """INSERT, or replace what has the same primary key."""
     if not values:
         return
-    keys = [column.name for column in row.__table__.primary_key]
-    statement = insert_into(session, row)
-    changed = {name: statement.excluded[name] for name in values[0] if name not in keys}
-    session.connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=changed), list(values))
+    statement = _upsert(row, session.connection.dialect.name, tuple(values[0]))
+    session.connection.execute(statement, list(values))
 
 
-def insert_into(session: Session, row: type[Base]) -> Any:
+def insert_into(dialect: str, row: type[Base]) -> Any:
     """INSERT of the dialect, which knows ON CONFLICT."""
-    return sqlite.insert(row) if session.connection.dialect.name == "sqlite" else postgresql.insert(row)
+    return sqlite.insert(row) if dialect == "sqlite" else postgresql.insert(row)
 
 
 def save_row(session: Session, row: type[Base], record: V, *, what: str, without: Collection[str] = ()) -> V:
     """UPDATE if the row version is still that of the record; the record with the next one; raises STALE_STATE."""
-    table = row.__table__
     values = values_of(record, without={"id", *without}) | {"row_version": record.row_version + 1}
-    statement = update(row).where(table.c.id == record.id, table.c.row_version == record.row_version).values(values)
-    if session.connection.execute(statement).rowcount != 1:
+    known = {"known_id": record.id, "known_row_version": record.row_version}
+    if session.connection.execute(_update(row, "id", "row_version"), values | known).rowcount != 1:
         raise GloraError(
             Reason.STALE_STATE,
             f"{what} was changed by somebody else in the meantime; look at it again and repeat the change.",
             id=record.id,
         )
     return replace(record, row_version=record.row_version + 1)
+
+
+def update_row(session: Session, row: type[Base], row_id: str, values: dict[str, Any]) -> bool:
+    """UPDATE of the row of that id; whether there is one."""
+    return session.connection.execute(_update(row, "id"), values | {"known_id": row_id}).rowcount == 1
+
+
+# Statements that depend on the table alone are made once, see `rows_where`; what they store are parameters.
+
+
+@cache
+def _insert(row: type[Base]) -> Any:
+    return insert(row)
+
+
+@cache
+def _insert_unless_there(row: type[Base], dialect: str) -> Any:
+    first = next(iter(row.__table__.primary_key))
+    return insert_into(dialect, row).on_conflict_do_nothing().returning(first)
+
+
+@cache
+def _upsert(row: type[Base], dialect: str, names: tuple[str, ...]) -> Any:
+    keys = [column.name for column in row.__table__.primary_key]
+    statement = insert_into(dialect, row)
+    changed = {name: statement.excluded[name] for name in names if name not in keys}
+    return statement.on_conflict_do_update(index_elements=keys, set_=changed)
+
+
+@cache
+def _update(row: type[Base], *known: str) -> Any:
+    columns = row.__table__.c
+    return update(row).where(*(columns[name] == bindparam(f"known_{name}") for name in known))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import and_, bindparam, or_, select
 
 from glora_server.coordinator.model import Listing, Page, Run
 from glora_server.rounds.ids import RunId
@@ -17,6 +17,7 @@ from glora_server.storage.repositories.rows import (
     built,
     columns_of,
     page_of,
+    rows_where,
     save_row,
     values_of,
 )
@@ -26,6 +27,16 @@ _ENDED = (RunPhase.COMPLETED, RunPhase.FAILED, RunPhase.ABORTED)
 _LINGER_SECONDS: Final = 86400.0
 """How long a completed run still counts as active: devices that evaluate report its last version."""
 _NAMES_SHOWN: Final = 5
+_ACTIVE: Final = (
+    columns_of(RunRow)
+    .where(
+        or_(
+            RunRow.phase.in_([RunPhase.ACTIVE, RunPhase.PAUSED]),
+            and_(RunRow.phase.in_(_ENDED), RunRow.ended_at >= bindparam("since")),
+        )
+    )
+    .order_by(RunRow.created_at, RunRow.id)
+)
 
 
 class RunRepository:
@@ -43,7 +54,7 @@ class RunRepository:
 
     def get(self, run_id: RunId) -> Run:
         """The run; raises RUN_UNKNOWN."""
-        row = self._session.first(columns_of(RunRow).where(RunRow.id == run_id), lock=True)
+        row = self._session.first(rows_where(RunRow, "id"), {"id": run_id}, lock=True)
         if row is None:
             raise self._unknown(run_id)
         return built(Run, row)
@@ -70,17 +81,7 @@ class RunRepository:
     def active(self) -> tuple[Run, ...]:
         """Runs that are active or paused, or ended within the last day, oldest first."""
         since = self._session.now() - _LINGER_SECONDS
-        statement = (
-            columns_of(RunRow)
-            .where(
-                or_(
-                    RunRow.phase.in_([RunPhase.ACTIVE, RunPhase.PAUSED]),
-                    and_(RunRow.phase.in_(_ENDED), RunRow.ended_at >= since),
-                )
-            )
-            .order_by(RunRow.created_at, RunRow.id)
-        )
-        return tuple(built(Run, row) for row in self._session.rows(statement))
+        return tuple(built(Run, row) for row in self._session.rows(_ACTIVE, {"since": since}))
 
     def _unknown(self, name: str) -> GloraError:
         recent = select(RunRow.name).order_by(RunRow.created_at.desc(), RunRow.id).limit(_NAMES_SHOWN)

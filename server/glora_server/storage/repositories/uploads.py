@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
-from sqlalchemy import func, select, update
+from sqlalchemy import bindparam, func, select, update
 
 from glora_server.coordinator.model import Measurement, Upload
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId
@@ -13,11 +14,17 @@ from glora_server.storage.repositories.rows import (
     Session,
     add_unless_there,
     built,
-    columns_of,
     put_rows,
+    rows_where,
     values_of,
 )
 from glora_wire.errors import GloraError, Reason
+
+_JUDGED: Final = (
+    update(UploadRow)
+    .where(UploadRow.assignment_id == bindparam("assignment"))
+    .values(update_norm=bindparam("norm"), shrunk_rank=bindparam("rank"))
+)
 
 
 class UploadRepository:
@@ -37,20 +44,19 @@ class UploadRepository:
 
     def find(self, assignment_id: AssignmentId) -> Upload | None:
         """The update of the assignment."""
-        row = self._session.first(columns_of(UploadRow).where(UploadRow.assignment_id == assignment_id))
+        row = self._session.first(rows_where(UploadRow, "assignment_id"), {"assignment_id": assignment_id})
         return None if row is None else built(Upload, row)
 
     def of_round(self, round_id: RoundId) -> tuple[Upload, ...]:
         """Updates of the round, in order of assignment id."""
-        rows = self._session.rows(columns_of(UploadRow).where(UploadRow.round_id == round_id))
+        rows = self._session.rows(rows_where(UploadRow, "round_id"), {"round_id": round_id})
         # Sorted here: what order text has in PostgreSQL depends on its locale, and folding must not.
         return tuple(sorted((built(Upload, row) for row in rows), key=lambda upload: upload.assignment_id))
 
     def judged(self, assignment_id: AssignmentId, update_norm: float | None, shrunk_rank: int | None = None) -> None:
         """Note the norm that validation measured, and the rank of an update that has a smaller one than granted."""
-        values = {"update_norm": update_norm, "shrunk_rank": shrunk_rank}
-        statement = update(UploadRow).where(UploadRow.assignment_id == assignment_id).values(values)
-        if self._session.connection.execute(statement).rowcount != 1:
+        values = {"assignment": assignment_id, "norm": update_norm, "rank": shrunk_rank}
+        if self._session.connection.execute(_JUDGED, values).rowcount != 1:
             raise GloraError(
                 Reason.ASSIGNMENT_UNKNOWN, f"Assignment {assignment_id} has no update.", assignment=assignment_id
             )

@@ -29,6 +29,7 @@ from glora_server.storage.repositories.rows import (
     columns_of,
     page_of,
     put_rows,
+    rows_where,
     values_of,
 )
 from glora_wire.errors import GloraError, Reason
@@ -48,7 +49,7 @@ class VersionRepository:
 
     def get(self, version_id: VersionId) -> Version:
         """The version; raises VERSION_UNKNOWN."""
-        row = self._session.first(columns_of(VersionRow).where(VersionRow.id == version_id), lock=True)
+        row = self._session.first(rows_where(VersionRow, "id"), {"id": version_id}, lock=True)
         if row is None:
             raise GloraError(Reason.VERSION_UNKNOWN, f"There is no version {version_id!r}.", version=version_id)
         return built(Version, row)
