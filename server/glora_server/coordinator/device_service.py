@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from glora_server.coordinator.catalogue import Catalogue
@@ -15,6 +15,7 @@ from glora_server.coordinator.errors import assignment_closed, not_yours
 from glora_server.coordinator.evaluations import has_unseen_version, next_evaluation, without_pruned
 from glora_server.coordinator.expectations import config_json, max_upload_bytes
 from glora_server.coordinator.hub import Hub
+from glora_server.coordinator.members import Members
 from glora_server.coordinator.messages import (
     AdapterOffer,
     EvaluationRecord,
@@ -45,7 +46,7 @@ from glora_server.rounds.assignment import (
     Fail,
     Prolong,
 )
-from glora_server.rounds.ids import AssignmentId
+from glora_server.rounds.ids import AssignmentId, DeviceId
 from glora_server.rounds.round import LIVE, Moved
 from glora_wire.digests import Digest
 from glora_wire.errors import GloraError, Reason, Refusal
@@ -61,6 +62,18 @@ _EVALUATION_SECONDS = 3600.0
 """How long a device that took an evaluation has for it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """An assignment with all that it is about."""
+
+    assignment: Assignment
+    run: Run
+    spec: RunSpec
+    version: Version
+    number: int
+    """Of the round; of the version where there is no round (evaluations)."""
+
+
 @dataclass(slots=True, kw_only=True)
 class DeviceService:
     """The use cases of CoordinatorService, uploads excepted."""
@@ -71,10 +84,15 @@ class DeviceService:
     hub: Hub
     readouts: Readouts
     catalogue: Catalogue
+    _members: Members = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Know nobody yet."""
+        self._members = Members(self.store, self.hub)
 
     async def identify(self, key_sha256: str) -> Device:
         """The device that holds the key; raises when it may not speak now."""
-        device = await self.store.read(lambda uow: uow.devices.by_key(key_sha256))
+        device = await self._members.holder(key_sha256)
         if device is None:
             raise GloraError(
                 Reason.CERTIFICATE_UNKNOWN,
@@ -113,48 +131,47 @@ class DeviceService:
             self.hub.leave(device.id, self.engine.clock(), lost=not answered)
 
     async def _offer(self, device: Device, profile: Profile) -> WorkOffer | None:
-        open_ = await self.store.read(lambda uow: uow.rounds.open_for(device.id))
-        waiting = [a for a in open_ if a.phase in AWAITED]
-        if any(a.kind is AssignmentKind.EVALUATE for a in waiting):
+        waiting, work = await self.store.read(partial(_waiting, device.id))
+        if work is not None:
+            return await self._describe(work)
+        if waiting:
             waiting = await self.store.write(partial(without_pruned, waiting, at=self.engine.clock()))
-        waiting.sort(key=lambda a: a.kind is AssignmentKind.EVALUATE)
         if not waiting and profile.evaluates and await self.store.read(has_unseen_version(device, profile)):
             made = await self.store.write(lambda uow: next_evaluation(uow, device, profile, at=self.engine.clock()))
             waiting = [made] if made is not None else []
         if not waiting:
             return None
-        return await self._describe(waiting[0])
+        return await self._describe(await self.store.read(partial(_work, waiting[0])))
 
-    async def _describe(self, assignment: Assignment) -> WorkOffer:
-        run, version, number = await self.store.read(partial(_context, assignment))
-        spec = RunSpec.from_json(run.spec_json)
-        train = assignment.kind is AssignmentKind.TRAIN
-        wanted = await self.catalogue.of_round(spec, number)
-        limit = max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype, wanted.upload_set)
+    async def _describe(self, work: _Work) -> WorkOffer:
+        assignment, run, spec = work.assignment, work.run, work.spec
+        wanted = await self.catalogue.of_round(spec, work.number)
+        limit = 0
+        if assignment.kind is AssignmentKind.TRAIN:
+            limit = max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype, wanted.upload_set)
         return WorkOffer(
             assignment=assignment,
             run=run,
             spec=spec,
-            round_number=number,
-            version=version,
-            adapters=await self._adapters(assignment),
+            round_number=work.number,
+            version=work.version,
+            adapters=await self._adapters(work),
             strategy=wanted,
-            max_upload_bytes=limit if train else 0,
-            seed=seed_of(spec.seed, run.id, number, assignment.device_id),
-            deadline_at=await self._deadline(assignment),
+            max_upload_bytes=limit,
+            seed=seed_of(spec.seed, run.id, work.number, assignment.device_id),
+            deadline_at=self._deadline(assignment),
         )
 
-    async def _adapters(self, assignment: Assignment) -> tuple[AdapterOffer, ...]:
+    async def _adapters(self, work: _Work) -> tuple[AdapterOffer, ...]:
         """What the device downloads; the same answer for as long as the assignment is open."""
-        run, version, number = await self.store.read(partial(_context, assignment))
-        wanted = await self.catalogue.of_round(RunSpec.from_json(run.spec_json), number)
+        wanted = await self.catalogue.of_round(work.spec, work.number)
         held = 0
         if wanted.frozen:
-            ranks = await self.store.read(lambda uow: uow.versions.module_ranks(version.id))
+            ranks = await self.store.read(lambda uow: uow.versions.module_ranks(work.version.id))
             held = max(ranks.values(), default=0)
-        return offered_adapters(assignment, wanted, held)
+        return offered_adapters(work.assignment, wanted, held)
 
-    async def _deadline(self, assignment: Assignment) -> float:
+    def _deadline(self, assignment: Assignment) -> float:
         """Evaluations have no round whose deadline could move: they get their time again whenever they are offered."""
         if assignment.kind is AssignmentKind.TRAIN:
             return assignment.deadline_at
@@ -176,7 +193,7 @@ class DeviceService:
             self.hub.run_changed(assignment.run_id)
         elif assignment.phase is AssignmentPhase.ACCEPTED_UPDATE:
             self.hub.measures(device.id, assignment.run_id)
-        return await self._answer(assignment)
+        return self._answer(assignment)
 
     async def declined(
         self, device: Device, assignment_id: AssignmentId, refusal: Refusal, *, permanent: bool
@@ -240,16 +257,15 @@ class DeviceService:
         self, device: Device, assignment_id: AssignmentId, *, key: str, offset: int, digest: Digest | None
     ) -> OpenAdapter:
         """The adapter file of an open assignment, rendered when it is asked for the first time."""
-        assignment = await self.store.read(partial(_own, device, assignment_id))
-        if not assignment.is_open:
-            raise assignment_closed(assignment)
-        offer = next((offer for offer in await self._adapters(assignment) if offer.key == key), None)
+        work = await self.store.read(partial(_own_work, device, assignment_id))
+        run, spec = work.run, work.spec
+        if not work.assignment.is_open:
+            raise assignment_closed(work.assignment)
+        offer = next((offer for offer in await self._adapters(work) if offer.key == key), None)
         if offer is None:
             raise GloraError(Reason.ADAPTER_UNKNOWN, f"The assignment has no adapter {key!r}.", adapter=key)
-        run, version, _ = await self.store.read(partial(_context, assignment))
-        readout = await self.readouts.ensure(run, version, offer.rank, variant=offer.variant, first=offer.first)
+        readout = await self.readouts.ensure(run, work.version, offer.rank, variant=offer.variant, first=offer.first)
         _check_resume(readout.digest, offset, digest)
-        spec = RunSpec.from_json(run.spec_json)
         path, release = await asyncio.to_thread(self.readouts.open, readout)
         # Dropout is for what is trained: the frozen part is the model as it is.
         dropout = 0.0 if offer.use == "frozen" else spec.lora.dropout
@@ -262,18 +278,18 @@ class DeviceService:
 
     async def delivered(self, device: Device, assignment_id: AssignmentId, key: str) -> None:
         """An adapter went out whole."""
-        assignment = await self.store.read(partial(_own, device, assignment_id))
-        offers = await self._adapters(assignment)
-        if key == offers[-1].key and assignment.is_open:
+        work = await self.store.read(partial(_own_work, device, assignment_id))
+        offers = await self._adapters(work)
+        if key == offers[-1].key and work.assignment.is_open:
             await self._move(
-                assignment, Deliver(self.hub.traffic_of(assignment_id).down)
+                work.assignment, Deliver(self.hub.traffic_of(assignment_id).down)
             )  # a round that closed meanwhile does not undo the download
 
     async def _report(self, device: Device, assignment_id: AssignmentId, event: AssignmentEvent) -> ProgressAnswer:
         assignment = await self.store.read(partial(_own, device, assignment_id))
         if assignment.is_open:
             assignment = await self._move(assignment, event)
-        return await self._answer(assignment)
+        return self._answer(assignment)
 
     async def _move(self, assignment: Assignment, event: AssignmentEvent) -> Assignment:
         """The assignment after `event`, or as its round left it when that was faster; raises ILLEGAL_TRANSITION."""
@@ -306,10 +322,10 @@ class DeviceService:
         self.hub.run_changed(moved.run_id)
         return moved
 
-    async def _answer(self, assignment: Assignment) -> ProgressAnswer:
+    def _answer(self, assignment: Assignment) -> ProgressAnswer:
         # Whose update was accepted may still measure what it trained.
         if assignment.is_open or assignment.phase is AssignmentPhase.ACCEPTED_UPDATE:
-            return ProgressAnswer(cancelled=False, deadline_at=await self._deadline(assignment))
+            return ProgressAnswer(cancelled=False, deadline_at=self._deadline(assignment))
         return ProgressAnswer(
             cancelled=True,
             reason=str(assignment.reason or Reason.ASSIGNMENT_CLOSED),
@@ -324,11 +340,26 @@ def _own(device: Device, assignment_id: AssignmentId, uow: UnitOfWork) -> Assign
     return assignment
 
 
-def _context(assignment: Assignment, uow: UnitOfWork) -> tuple[Run, Version, int]:
-    """Run, version, and the number of the round (evaluate: of the version)."""
-    version = uow.versions.get(assignment.version_id)
-    number = version.number if assignment.round_id is None else uow.rounds.number(assignment.round_id)
-    return uow.runs.get(assignment.run_id), version, number
+def _own_work(device: Device, assignment_id: AssignmentId, uow: UnitOfWork) -> _Work:
+    return _work(_own(device, assignment_id, uow), uow)
+
+
+def _work(assignment: Assignment, uow: UnitOfWork) -> _Work:
+    run, version = uow.runs.get(assignment.run_id), uow.versions.get(assignment.version_id)
+    return _Work(
+        assignment=assignment,
+        run=run,
+        spec=RunSpec.from_json(run.spec_json),
+        version=version,
+        number=version.number if assignment.round_id is None else uow.rounds.number(assignment.round_id),
+    )
+
+
+def _waiting(device_id: DeviceId, uow: UnitOfWork) -> tuple[list[Assignment], _Work | None]:
+    """What the device could begin with, and all about what it should train where that is among it."""
+    waiting = [a for a in uow.rounds.open_for(device_id) if a.phase in AWAITED]
+    train = next((a for a in waiting if a.kind is AssignmentKind.TRAIN), None)
+    return waiting, None if train is None else _work(train, uow)
 
 
 def _check_resume(current: Digest, offset: int, wanted: Digest | None) -> None:

@@ -109,7 +109,8 @@ class Engine:
             self._nudge.set()
         before = {a.id: a for a in done.before.assignments}
         for assignment in done.after.assignments:
-            if before.get(assignment.id) != assignment:
+            known = before.get(assignment.id)
+            if known is not assignment and known != assignment:
                 self._assignment_moved(assignment, done.after)
         if done.before.phase is not done.after.phase:
             _log_round(done.after)

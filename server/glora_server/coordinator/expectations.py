@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,10 @@ _HEADS: Final = frozenset({"classifier", "score"})
 """Names that PEFT itself saves whole for sequence classification."""
 
 
+# Remembered: a run has one manifest and a few ranks, and every device of every round is asked about them.
+
+
+@lru_cache(maxsize=64)
 def upload_specs(manifest: Manifest, rank: int, dtype: TensorDtype, upload_set: str = "both") -> tuple[TensorSpec, ...]:
     """The tensors of an update: the dense ones and the factors of `upload_set` ("both", "a" or "b")."""
     specs = adapter_specs(manifest, rank, dtype)
@@ -33,6 +38,7 @@ def _is_uploaded(name: str, upload_set: str) -> bool:
     return not isinstance(key, LoraKey) or upload_set in {"both", key.factor.lower()}
 
 
+@lru_cache(maxsize=64)
 def max_upload_bytes(manifest: Manifest, rank: int, dtype: TensorDtype, upload_set: str = "both") -> int:
     """The largest file that can hold an update; other writers than ours may spend more on the header."""
     specs = upload_specs(manifest, rank, dtype, upload_set)

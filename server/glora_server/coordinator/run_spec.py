@@ -6,7 +6,8 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from typing import Final, Self, TypeVar
+from functools import lru_cache
+from typing import Final, Self, TypeVar, cast
 
 from pydantic import Field, ValidationError
 
@@ -94,7 +95,7 @@ class RunSpec(Section):
         if len(text) > MAX_SPEC_CHARACTERS:
             raise _invalid([f"{source}: must not be longer than {MAX_SPEC_CHARACTERS} characters."])
         try:
-            return cls.model_validate_json(text)
+            return cast("Self", _validated(cls, text))
         except ValidationError as error:
             problems = problems_of(error, cls)
         raise _invalid([problem.sentence(source) for problem in problems])
@@ -111,6 +112,12 @@ class RunSpec(Section):
         document = self.model_dump(mode="json")
         document["policy"] |= {key.removeprefix("policy."): value for key, value in changes.items()}
         return self.from_json(_json(document), source="edit")
+
+
+@lru_cache(maxsize=64)
+def _validated(kind: type[Described], text: str) -> Described:
+    """What the text describes; remembered, because every call of a device reads the same few descriptions."""
+    return kind.model_validate_json(text)
 
 
 def parse_run_toml(text: str, source: str = "run.toml") -> RunSpec:

@@ -75,7 +75,11 @@ class UploadService:
         Raises ASSIGNMENT_UNKNOWN, ASSIGNMENT_CLOSED, UPLOAD_CONFLICT, UPLOAD_TOO_LARGE, WEIGHT_INVALID, OFFSET_INVALID.
         """
         found = await self._standing(device, assignment_id, header)
-        opened = found if isinstance(found, UploadStatus) else await self._take_over(device, *found, header)
+        if isinstance(found, UploadStatus):
+            opened: UploadSession | UploadStatus = found
+        else:
+            await self._check_header(*found, header)
+            opened = await self._take_over(device, *found, header)
         if isinstance(opened, UploadStatus) and opened.state == "received":
             return await self.verdict(assignment_id, header.digest)
         return opened
@@ -83,14 +87,12 @@ class UploadService:
     async def _standing(
         self, device: Device, assignment_id: AssignmentId, header: UploadHeader
     ) -> tuple[Assignment, RoundId] | UploadStatus:
-        """The assignment when bytes are wanted, else the answer; raises what `open` raises."""
+        """The assignment when bytes are wanted, else the answer; raises why they are not."""
         assignment, upload = await self.store.read(partial(_find, device, assignment_id))
         known = _answer(assignment, upload, header.digest)
         if known is not None and known.state != "discarded":
             return known
-        round_id = _uploadable(assignment, upload, header.digest)
-        await self._check_header(assignment, round_id, header)
-        return assignment, round_id
+        return assignment, _uploadable(assignment, upload, header.digest)
 
     async def _take_over(
         self, device: Device, assignment: Assignment, round_id: RoundId, header: UploadHeader

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Self, TypeVar
 
@@ -13,10 +13,12 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from glora_server.coordinator.model import Page
 from glora_server.coordinator.ports import UnitOfWork
+from glora_server.rounds.round import Round
 from glora_server.storage import migrate as schema
 from glora_server.storage.database import READERS, Database, connect
 from glora_server.storage.errors import is_passing, is_read_only, kind_of, translated, unusable
 from glora_server.storage.observer import NobodyCounts, StoreObserver
+from glora_server.storage.recent_rounds import RecentRounds
 from glora_server.storage.unit_of_work import SqlUnitOfWork
 from glora_server.storage.writer import Writer
 from glora_wire.errors import GloraError, Reason
@@ -34,6 +36,7 @@ class SqlStore:
         self._now = clock
         self._observer = observer
         self._writer = Writer(database.writer, database.url_for_log, observer)
+        self._recent = RecentRounds()
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="glora-reader")
 
     @classmethod
@@ -72,11 +75,14 @@ class SqlStore:
         Called again after a deadlock or a lost connection, so `work` must do nothing but use its unit of work.
         """
 
-        def job(connection: Connection) -> T:
-            return work(SqlUnitOfWork(connection, locks=True, now=self._now))
+        def job(connection: Connection) -> tuple[T, Collection[Round]]:
+            uow = self._unit_of_work(connection, locks=True)
+            return work(uow), uow.rounds.seen
 
-        answer: Future[T] = self._writer.submit(job)
-        return await asyncio.wrap_future(answer)
+        answer: Future[tuple[T, Collection[Round]]] = self._writer.submit(job)
+        result, committed = await asyncio.wrap_future(answer)
+        self._recent.learn(committed)
+        return result
 
     async def read(self, work: Callable[[UnitOfWork], T]) -> T:
         """Run `work` on a consistent snapshot; raises RuntimeError when it tries to change anything."""
@@ -113,7 +119,7 @@ class SqlStore:
         for attempt in range(1, _READ_TRIES + 1):
             try:
                 with reader.begin() as connection:
-                    return work(SqlUnitOfWork(connection, locks=False, now=self._now))
+                    return self._looked(connection, work)
             except DBAPIError as error:
                 if is_read_only(error):
                     raise RuntimeError("work that was given to read() must not change anything") from error
@@ -122,10 +128,19 @@ class SqlStore:
                     raise translated(error, self.url_for_log) from error
         raise AssertionError("the last try returns")
 
+    def _looked(self, connection: Connection, work: Callable[[UnitOfWork], T]) -> T:
+        uow = self._unit_of_work(connection, locks=False)
+        result = work(uow)
+        self._recent.learn(uow.rounds.seen)
+        return result
+
+    def _unit_of_work(self, connection: Connection, *, locks: bool) -> SqlUnitOfWork:
+        return SqlUnitOfWork(connection, locks=locks, now=self._now, recent=self._recent)
+
     def _read_in_memory(self, connection: Connection, work: Callable[[UnitOfWork], T]) -> T:
         connection.exec_driver_sql("PRAGMA query_only = ON")
         try:
-            return work(SqlUnitOfWork(connection, locks=False, now=self._now))
+            return self._looked(connection, work)
         except DBAPIError as error:
             if is_read_only(error):
                 raise RuntimeError("work that was given to read() must not change anything") from error

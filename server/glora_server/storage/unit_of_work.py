@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from sqlalchemy import Connection
 
+from glora_server.storage.recent_rounds import RecentRounds
 from glora_server.storage.repositories.devices import DeviceRepository, TokenRepository
 from glora_server.storage.repositories.history import AnswerRepository, HistoryRepository
 from glora_server.storage.repositories.journal import AuditRepository, OutboxRepository
@@ -21,13 +22,13 @@ from glora_server.storage.repositories.versions import VersionRepository
 class SqlUnitOfWork:
     """The repositories over one connection; `locks` when rows that are loaded may be changed afterwards."""
 
-    def __init__(self, connection: Connection, *, locks: bool, now: Callable[[], float]) -> None:
+    def __init__(self, connection: Connection, *, locks: bool, now: Callable[[], float], recent: RecentRounds) -> None:
         session = Session(connection, locks, now)
         self.connection = connection
         self.devices = DeviceRepository(session)
         self.tokens = TokenRepository(session)
         self.runs = RunRepository(session)
-        self.rounds = RoundRepository(session)
+        self.rounds = RoundRepository(session, recent)
         self.uploads = UploadRepository(session)
         self.versions = VersionRepository(session)
         self.measurements = MeasurementRepository(session)

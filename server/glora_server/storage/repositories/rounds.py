@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
 from sqlalchemy import bindparam, insert, select, text
@@ -13,6 +13,7 @@ from glora_server.rounds.assignment import Assignment, AssignmentKind, Assignmen
 from glora_server.rounds.ids import AssignmentId, DeviceId, RoundId, RunId, VersionId
 from glora_server.rounds.round import Round
 from glora_server.storage.models import IS_LIVE, IS_OPEN, AssignmentRow, RoundRow
+from glora_server.storage.recent_rounds import RecentRounds
 from glora_server.storage.repositories.rows import (
     AnyRow,
     Order,
@@ -55,11 +56,17 @@ _OF_ROUNDS: Final = (
 class RoundRepository:
     """Rounds with their assignments, and assignments that belong to no round (evaluations)."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, recent: RecentRounds) -> None:
         self._session = session
+        self._recent = recent
         # What this transaction has seen of a round: `save` compares with it instead of asking again. It can not be
         # outdated: an assignment of a round changes with its round only, and `save` compares the row version first.
         self._seen: dict[RoundId, Round] = {}
+
+    @property
+    def seen(self) -> Collection[Round]:
+        """Rounds that were read or saved, as they are when the transaction is committed now."""
+        return self._seen.values()
 
     def add(self, round_: Round) -> None:
         """Store a new round and its assignments; raises STALE_STATE when another replica planned the same one."""
@@ -91,7 +98,8 @@ class RoundRepository:
         stored = {item.id: item for item in self._stored_assignments(round_)}
         self._add_assignments([(i, item) for i, item in enumerate(round_.assignments) if item.id not in stored])
         for item in round_.assignments:
-            if item.id in stored and stored[item.id] != item:
+            before = stored.get(item.id)
+            if before is not None and before is not item and before != item:
                 self._update(item)
         self._seen[saved.id] = saved
         return saved
@@ -183,7 +191,8 @@ class RoundRepository:
 
     def _see(self, row: AnyRow) -> Round:
         """The round of the row with its assignments, remembered."""
-        found = self._whole([row])[0]
+        known = self._seen.get(row.id) or self._recent.find(row.id, row.row_version)
+        found = known if known is not None and known.row_version == row.row_version else self._whole([row])[0]
         self._seen[found.id] = found
         return found
 
