@@ -17,6 +17,10 @@ MIN_INTERVAL: Final = 1.0
 """Reports of progress are at least this far apart (seconds)."""
 SILENCE: Final = 3.0
 """Without news a report is sent after this time anyway, to hear of a cancellation and a moved deadline."""
+PHASE_INTERVAL: Final = 0.3
+"""A new phase is told this long after the last word: nobody can see phases that are over sooner."""
+_AT_ONCE: Final = frozenset({coordinator_pb2.DEVICE_PHASE_EVALUATING})
+"""The server plans by these: who still measures is waited for."""
 
 
 class Reporter:
@@ -45,6 +49,7 @@ class Reporter:
     def accept(self) -> None:
         """The device will do it. Raises Stopped and GloraError."""
         self._send(coordinator_pb2.ReportProgressRequest(assignment=self._name, accepted=coordinator_pb2.Accepted()))
+        self._last = time.monotonic()
 
     def decline(self, error: GloraError, *, permanent: bool) -> None:
         """The device cannot do it. Raises Stopped and GloraError."""
@@ -59,18 +64,18 @@ class Reporter:
     def progress(
         self, phase: coordinator_pb2.DevicePhase.ValueType, done: int = 0, total: int = 0, loss: float = 0.0
     ) -> None:
-        """Note how far the work is and pass it on, at most once a second. Raises Stopped and GloraError.
+        """Note how far the work is and pass it on: a new phase soon, else once a second. Raises Stopped and GloraError.
 
         An unreachable server is no reason to stop working: then the next report tries again.
         """
         loss = loss if math.isfinite(loss) else 0.0
         new_phase = phase != self._latest.phase
         self._latest = coordinator_pb2.Progress(phase=phase, done=done, total=total, loss=loss)
-        self.keep_alive(at_once=new_phase)
+        self.keep_alive(at_once=new_phase and phase in _AT_ONCE)
 
     def keep_alive(self, *, at_once: bool = False) -> None:
         """Send the latest progress when it is due. Raises Stopped and GloraError."""
-        interval = MIN_INTERVAL if self._latest != self._told else SILENCE
+        interval = self._interval()
         now = time.monotonic()
         if self._latest.phase == coordinator_pb2.DEVICE_PHASE_UNSPECIFIED or (
             now - self._last < interval and not at_once
@@ -82,6 +87,12 @@ class Reporter:
         except GloraError as error:
             if not is_passing(error):
                 raise
+
+    def _interval(self) -> float:
+        """Seconds between the last word and the next."""
+        if self._latest.phase != self._told.phase:
+            return PHASE_INTERVAL
+        return MIN_INTERVAL if self._latest != self._told else SILENCE
 
     def _send(self, request: coordinator_pb2.ReportProgressRequest) -> None:
         call = self._stub.ReportProgress.future(request, timeout=_REPORT_SECONDS)

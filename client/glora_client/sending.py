@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -53,7 +54,11 @@ class Sender:
     def push(
         self, stub: coordinator_pb2_grpc.CoordinatorServiceStub, update: StoredUpdate, *, reporter: Reporter | None
     ) -> None:
-        """Send the update until the server has all of it, tell its fate, forget it. Raises Stopped and GloraError."""
+        """Send the update until the server has all of it, tell its fate, forget it. Raises Stopped and GloraError.
+
+        `reporter`: of the assignment for which it was trained just now; None: what of it was sent before is not known.
+        """
+        attempts = itertools.count()
 
         def progress(done: int, total: int) -> None:
             # Called from grpc's own thread: only the view is touched here.
@@ -62,7 +67,12 @@ class Sender:
         if reporter is not None:
             reporter.progress(coordinator_pb2.DEVICE_PHASE_UPLOADING)
         started = time.monotonic()
-        verdict = self._persistence.call(lambda: push_update(stub, self._state, self._stop, update, progress=progress))
+
+        def attempt() -> Verdict:
+            fresh = next(attempts) == 0 and reporter is not None
+            return push_update(stub, self._state, self._stop, update, progress=progress, fresh=fresh)
+
+        verdict = self._persistence.call(attempt)
         if verdict.state == coordinator_pb2.UPLOAD_STATE_RECEIVED:
             verdict = self._await_verdict(stub, update)
         self._view.rest()

@@ -196,17 +196,24 @@ def push_update(
     update: StoredUpdate,
     *,
     progress: Progress = lambda _done, _total: None,
+    fresh: bool = False,
 ) -> Verdict:
-    """What became of the update; one attempt, from the byte that the server has. Raises Stopped and GloraError."""
-    answer = query_upload(stub, stop, update)
-    if answer.state in {
-        coordinator_pb2.UPLOAD_STATE_RECEIVED,
-        coordinator_pb2.UPLOAD_STATE_ACCEPTED,
-        coordinator_pb2.UPLOAD_STATE_REJECTED,
-        coordinator_pb2.UPLOAD_STATE_DISCARDED,
-    }:
-        return Verdict(answer.state, answer.reason, answer.message)
-    parts = _parts(update, state.update_path, answer.committed_bytes, progress)
+    """What became of the update; one attempt, from the byte that the server has. Raises Stopped and GloraError.
+
+    `fresh`: nothing of it was ever sent, so there is nothing to ask about.
+    """
+    offset = 0
+    if not fresh:
+        answer = query_upload(stub, stop, update)
+        if answer.state in {
+            coordinator_pb2.UPLOAD_STATE_RECEIVED,
+            coordinator_pb2.UPLOAD_STATE_ACCEPTED,
+            coordinator_pb2.UPLOAD_STATE_REJECTED,
+            coordinator_pb2.UPLOAD_STATE_DISCARDED,
+        }:
+            return Verdict(answer.state, answer.reason, answer.message)
+        offset = answer.committed_bytes
+    parts = _parts(update, state.update_path, offset, progress)
     call = stub.PushUpdate.future(parts, timeout=_STREAM_SECONDS)
     with stop.ending(call):
         response = call.result()

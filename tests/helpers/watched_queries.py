@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from glora_server.coordinator.views import SystemView
 from glora_server.coordinator.views_history import DeviceCounts
-from glora_server.storage.repositories.rows import Session
+from glora_server.storage.repositories.rows import Query, Session
 
 
 @dataclass(slots=True)
@@ -22,14 +22,16 @@ def counted(replace: Callable[[type, str, object], None]) -> Reading:
     found = Reading()
     rows, first = Session.rows, Session.first
 
-    def count_rows(self: Session, statement: object) -> object:
-        result = rows(self, statement)  # type: ignore[arg-type]  # passed on as it came
+    def count_rows(self: Session, statement: Query, values: Mapping[str, object] | None = None) -> object:
+        result = rows(self, statement, values)
         found.rows += len(result)
         return result
 
-    def count_first(self: Session, statement: object, *, lock: bool = False) -> object:
+    def count_first(
+        self: Session, statement: Query, values: Mapping[str, object] | None = None, *, lock: bool = False
+    ) -> object:
         found.rows += 1
-        return first(self, statement, lock=lock)  # type: ignore[arg-type]  # passed on as it came
+        return first(self, statement, values, lock=lock)
 
     replace(Session, "rows", count_rows)
     replace(Session, "first", count_first)

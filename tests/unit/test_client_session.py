@@ -24,6 +24,7 @@ from cryptography.x509.oid import NameOID
 
 from glora.v1 import coordinator_pb2 as pb
 from glora.v1 import coordinator_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc, types_pb2
+from glora_client import reporting
 from glora_client.assignment import LocalWork
 from glora_client.capabilities import profile
 from glora_client.channel import Backoff, Stop
@@ -483,8 +484,9 @@ def _sometimes(seed: int, size: int, times: int) -> Callable[[str], int | None]:
     return lambda method: ends[method].pop(0) if ends[method] else None
 
 
-def test_a_round_with_cuts_everywhere_ends_with_the_right_bytes(world: World) -> None:
+def test_a_round_with_cuts_everywhere_ends_with_the_right_bytes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pull and push go on at the byte where they broke; training happens once; evaluations come before and after."""
+    monkeypatch.setattr(reporting, "PHASE_INTERVAL", 0.0)  # tell also phases that nobody would have time to see
     payload, _ = world.coordinator.adapters["main"]
     world.coordinator.cut = _sometimes(3, len(payload), 3)
     world.run()
@@ -492,6 +494,8 @@ def test_a_round_with_cuts_everywhere_ends_with_the_right_bytes(world: World) ->
     assert coordinator.calls.count("PullAdapter") == 4
     assert coordinator.pulled_bytes == len(payload)
     assert coordinator.calls.count("PushUpdate") == 4
+    assert coordinator.calls.index("PushUpdate") < coordinator.calls.index("QueryUpload")
+    assert coordinator.calls.count("QueryUpload") == 3, "after every cut, and not before anything was sent"
     assert len(coordinator.stored) == len(payload)
     assert coordinator.stored != payload
     assert coordinator.header is not None
