@@ -21,7 +21,8 @@ from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.transitions import Transition, step
 from glora_server.rounds.assignment import AcceptUpdate, Assignment, AssignmentPhase, RejectUpdate
-from glora_server.rounds.round import GATHERING, Moved
+from glora_server.rounds.ids import AssignmentId, RoundId
+from glora_server.rounds.round import GATHERING, Moved, Round
 from glora_wire.errors import GloraError, Reason, Refusal
 
 log = structlog.get_logger(__name__)
@@ -134,21 +135,28 @@ class Judge:
         return job, rank
 
     def _enter(self, owed: Owed, found: _Verdict, uow: UnitOfWork) -> Transition | None:
-        if _load(owed, uow) is None or owed.assignment_id is None:
+        if owed.assignment_id is None or _due(owed.round_id, owed.assignment_id, uow) is None:
             return None
         uow.uploads.judged(owed.assignment_id, found.norm, found.shrunk_rank)
         verdict = AcceptUpdate() if found.refusal is None else RejectUpdate(found.refusal)
         return step(uow, owed.round_id, Moved(owed.assignment_id, verdict), at=self._engine.clock())
 
 
+def _due(round_id: RoundId, assignment_id: AssignmentId, uow: UnitOfWork) -> tuple[Round, Assignment] | None:
+    """The assignment in its round, when its update waits for a verdict."""
+    round_ = uow.rounds.get(round_id)
+    assignment = round_.find(assignment_id)
+    due = round_.phase in GATHERING and assignment.phase is AssignmentPhase.RECEIVED
+    return (round_, assignment) if due else None
+
+
 def _load(owed: Owed, uow: UnitOfWork) -> _Case | None:
     """What is to be judged; None when there is nothing to judge any more."""
-    if owed.assignment_id is None:
+    if owed.assignment_id is None or (due := _due(owed.round_id, owed.assignment_id, uow)) is None:
         return None
-    round_ = uow.rounds.get(owed.round_id)
-    assignment = round_.find(owed.assignment_id)
+    round_, assignment = due
     upload = uow.uploads.find(owed.assignment_id)
-    if round_.phase not in GATHERING or assignment.phase is not AssignmentPhase.RECEIVED or upload is None:
+    if upload is None:
         return None
     return _Case(
         run=uow.runs.get(owed.run_id),

@@ -23,7 +23,7 @@ from glora_server.coordinator.errors import assignment_closed, not_yours, storag
 from glora_server.coordinator.expectations import max_upload_bytes
 from glora_server.coordinator.hub import Hub
 from glora_server.coordinator.messages import UploadHeader, UploadStateName, UploadStatus
-from glora_server.coordinator.model import Device, Owed, OwedKind, Upload
+from glora_server.coordinator.model import Device, Owed, OwedKind, Run, Upload
 from glora_server.coordinator.ports import Blobs, Store, UnitOfWork
 from glora_server.coordinator.run_spec import RunSpec
 from glora_server.coordinator.spool import committed
@@ -74,25 +74,16 @@ class UploadService:
 
         Raises ASSIGNMENT_UNKNOWN, ASSIGNMENT_CLOSED, UPLOAD_CONFLICT, UPLOAD_TOO_LARGE, WEIGHT_INVALID, OFFSET_INVALID.
         """
-        found = await self._standing(device, assignment_id, header)
+        found = await self.store.read(partial(_wanted_in_run, device, assignment_id, header.digest))
         if isinstance(found, UploadStatus):
             opened: UploadSession | UploadStatus = found
         else:
-            await self._check_header(*found, header)
-            opened = await self._take_over(device, *found, header)
+            assignment, round_id, run, number = found
+            await self._check_header(assignment, run, number, header)
+            opened = await self._take_over(device, assignment, round_id, header)
         if isinstance(opened, UploadStatus) and opened.state == "received":
             return await self.verdict(assignment_id, header.digest)
         return opened
-
-    async def _standing(
-        self, device: Device, assignment_id: AssignmentId, header: UploadHeader
-    ) -> tuple[Assignment, RoundId] | UploadStatus:
-        """The assignment when bytes are wanted, else the answer; raises why they are not."""
-        assignment, upload = await self.store.read(partial(_find, device, assignment_id))
-        known = _answer(assignment, upload, header.digest)
-        if known is not None and known.state != "discarded":
-            return known
-        return assignment, _uploadable(assignment, upload, header.digest)
 
     async def _take_over(
         self, device: Device, assignment: Assignment, round_id: RoundId, header: UploadHeader
@@ -105,7 +96,7 @@ class UploadService:
                 await older.end(_fenced())
             self._sessions[assignment.id] = session
             # Whoever was fenced may have handed in its update, and the round may have closed, in the meantime.
-            found = await self._standing(device, assignment.id, header)
+            found = await self.store.read(partial(_wanted, device, assignment.id, header.digest))
             if isinstance(found, UploadStatus):
                 await session.close()
                 return found
@@ -196,8 +187,7 @@ class UploadService:
                 return known or UploadStatus(state="partial", committed_bytes=0)
             await self.hub.signals.wait(key, seen, left)
 
-    async def _check_header(self, assignment: Assignment, round_id: RoundId, header: UploadHeader) -> None:
-        run, number = await self.store.read(lambda uow: (uow.runs.get(assignment.run_id), uow.rounds.number(round_id)))
+    async def _check_header(self, assignment: Assignment, run: Run, number: int, header: UploadHeader) -> None:
         spec = RunSpec.from_json(run.spec_json)
         wanted = await self.catalogue.of_round(spec, number)
         limit = max_upload_bytes(run.manifest, assignment.rank, spec.wire.dtype, wanted.upload_set)
@@ -237,6 +227,28 @@ def _find(device: Device, assignment_id: AssignmentId, uow: UnitOfWork) -> tuple
     if assignment.device_id != device.id:
         raise not_yours(assignment_id)
     return assignment, uow.uploads.find(assignment_id)
+
+
+def _wanted(
+    device: Device, assignment_id: AssignmentId, digest: Digest, uow: UnitOfWork
+) -> tuple[Assignment, RoundId] | UploadStatus:
+    """The assignment and its round when the bytes are wanted, else the answer; raises why they are not."""
+    assignment, upload = _find(device, assignment_id, uow)
+    known = _answer(assignment, upload, digest)
+    if known is not None and known.state != "discarded":
+        return known
+    return assignment, _uploadable(assignment, upload, digest)
+
+
+def _wanted_in_run(
+    device: Device, assignment_id: AssignmentId, digest: Digest, uow: UnitOfWork
+) -> tuple[Assignment, RoundId, Run, int] | UploadStatus:
+    """As `_wanted`, with the run and the number of the round."""
+    found = _wanted(device, assignment_id, digest, uow)
+    if isinstance(found, UploadStatus):
+        return found
+    assignment, round_id = found
+    return assignment, round_id, uow.runs.get(assignment.run_id), uow.rounds.number(round_id)
 
 
 def _answer(assignment: Assignment, upload: Upload | None, digest: Digest) -> UploadStatus | None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, Double, case, cast, delete, func, literal_column, select, text
@@ -54,6 +55,15 @@ from glora_server.storage.repositories.rows import (
 )
 
 
+@cache
+def _count(dialect: str) -> Any:
+    """INSERT of an outcome, or one more of it."""
+    statement = insert_into(dialect, OutcomeRow)
+    return statement.on_conflict_do_update(
+        index_elements=["device_id", "outcome"], set_={"number": OutcomeRow.number + statement.excluded.number}
+    )
+
+
 class HistoryRepository:
     """What was remembered; see the port for what each method promises."""
 
@@ -65,16 +75,12 @@ class HistoryRepository:
         counted = Counter(ended)
         if not counted:
             return
-        statement = insert_into(self._session.connection.dialect.name, OutcomeRow)
-        statement = statement.on_conflict_do_update(
-            index_elements=["device_id", "outcome"], set_={"number": OutcomeRow.number + statement.excluded.number}
-        )
         # Always in the same order, so that two replicas can not block each other.
         values = [
             {"device_id": device_id, "outcome": outcome, "number": number}
             for (device_id, outcome), number in sorted(counted.items())
         ]
-        self._session.connection.execute(statement, values)
+        self._session.connection.execute(_count(self._session.connection.dialect.name), values)
 
     def put_round(self, figures: RoundFigures) -> None:
         """Store what a round came to."""

@@ -45,6 +45,15 @@ _OPEN_FOR: Final = (
     .order_by(AssignmentRow.offered_at, AssignmentRow.id)
 )
 _BUSY: Final = select(AssignmentRow.device_id).where(AssignmentRow.kind == AssignmentKind.TRAIN, text(IS_OPEN))
+_DECLINED: Final = (
+    select(AssignmentRow.device_id, AssignmentRow.closed_at, AssignmentRow.reason, AssignmentRow.message)
+    .where(
+        AssignmentRow.run_id == bindparam("run"),
+        text("permanent"),
+        AssignmentRow.phase.in_([AssignmentPhase.DECLINED, AssignmentPhase.FAILED]),
+    )
+    .order_by(AssignmentRow.closed_at, AssignmentRow.id)
+)
 _ADD: Final = insert(AssignmentRow)
 _OF_ROUNDS: Final = (
     columns_of(AssignmentRow)
@@ -152,21 +161,12 @@ class RoundRepository:
 
     def declined_for(self, run_id: RunId) -> Mapping[DeviceId, tuple[float, Refusal]]:
         """Devices that declined or failed for good in this run, with when and why (the newest word counts)."""
-        statement = (
-            select(AssignmentRow.device_id, AssignmentRow.closed_at, AssignmentRow.reason, AssignmentRow.message)
-            .where(
-                AssignmentRow.run_id == run_id,
-                text("permanent"),
-                AssignmentRow.phase.in_([AssignmentPhase.DECLINED, AssignmentPhase.FAILED]),
-            )
-            .order_by(AssignmentRow.closed_at, AssignmentRow.id)
-        )
         return {
             DeviceId(row.device_id): (
                 row.closed_at or 0.0,
                 Refusal(reason=row.reason or Reason.INTERNAL, message=row.message),
             )
-            for row in self._session.rows(statement)
+            for row in self._session.rows(_DECLINED, {"run": run_id})
         }
 
     def was_evaluated(self, device_id: DeviceId, version_id: VersionId) -> bool:
