@@ -182,9 +182,25 @@ def test_finite_numbers_with_an_infinite_sum_are_finite(tmp_path: Path) -> None:
     assert not torch.isfinite(tensors[key].sum())
     save_file(tensors, tmp_path / "large")
     result = jobs.check(checked(tmp_path / "large", 4), cases.CPU)
-    assert result.refusal is None
     assert result.norm is not None
     assert result.norm > 1e38
+    assert result.refusal is not None
+    assert result.refusal.reason is Reason.NORM_TOO_LARGE, "and not that they are not finite"
+
+
+@pytest.mark.parametrize(("limit", "who"), [(0.0, "no run can take more than 1e+30"), (1e12, "the run allows 1e+12")])
+def test_an_update_that_no_state_could_hold_is_refused_whatever_the_run_allows(
+    tmp_path: Path, limit: float, who: str
+) -> None:
+    """It would fail the round of every other device: float32 cannot hold the state."""
+    tensors = load_file(update_file(tmp_path / "u", 4))
+    key = lora_key(QUERY, "B")
+    tensors[key] = torch.full_like(tensors[key], 1e32)
+    save_file(tensors, tmp_path / "large")
+    refusal = jobs.check(checked(tmp_path / "large", 4, max_norm=limit), cases.CPU).refusal
+    assert refusal is not None
+    assert refusal.reason is Reason.NORM_TOO_LARGE
+    assert who in refusal.message
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors file at all"])

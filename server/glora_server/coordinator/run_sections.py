@@ -150,7 +150,7 @@ class LimitsSpec(Section):
         default=0.0,
         ge=0,
         le=1e12,
-        description="Largest Frobenius norm of a device's ΔW over all modules; 0 = no limit.",
+        description="Largest Frobenius norm of a device's ΔW over all modules; 0 = what float32 can hold (1e30).",
     )
     max_training_rows: int = Field(
         default=0, ge=0, le=10**12, description="Rows beyond which a device's weight no longer grows; 0 = no cap."

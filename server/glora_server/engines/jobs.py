@@ -34,6 +34,8 @@ from glora_wire.payload import PayloadHeader, TensorEntry, check_specs
 
 _STYLES: Final[tuple[ReadoutStyle, ...]] = get_args(ReadoutStyle)
 _FACTORS: Final[tuple[Factor, Factor]] = ("A", "B")
+_LARGEST_NORM: Final = 1e30
+"""What is far above it no float32 state could hold, and the round would fail for all devices."""
 
 
 def initialise(job: InitialiseJob, device: torch.device) -> tuple[StatePart, ...]:
@@ -218,11 +220,13 @@ def _check_finite(key: str, tensor: Tensor) -> None:
 
 
 def _too_large(norms: Mapping[str, float], total: float, limit: float) -> Refusal | None:
-    if limit <= 0 or total <= limit:
+    """What speaks against an update of that norm; `limit` of the run, 0 for none."""
+    allowed, who = (limit, "the run allows") if limit > 0 else (_LARGEST_NORM, "no run can take more than")
+    if total <= allowed:
         return None
     largest = max(norms, key=lambda module: norms[module])
     return Refusal(
         reason=Reason.NORM_TOO_LARGE,
-        message=f"The update has Frobenius norm {total:.6g} and the run allows {limit:.6g}; "
+        message=f"The update has Frobenius norm {total:.6g} and {who} {allowed:.6g}; "
         f"the largest part is {norms[largest]:.6g} in {largest!r}.",
     )

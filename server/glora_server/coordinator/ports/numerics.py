@@ -108,7 +108,7 @@ class CheckJob:
     """s of every module."""
     expected: tuple[TensorSpec, ...]
     max_norm: float
-    """Largest Frobenius norm of the whole ΔW; 0 = no limit."""
+    """Largest Frobenius norm of the whole ΔW; 0 = what float32 can hold."""
     sent_path: Path | None = None
     """The adapter file that the device started from: it has the factor that the device does not send."""
     digest: str | None = None
