@@ -54,6 +54,7 @@ def consensus_of(modules: Sequence[Module]) -> Consensus | None:
                 update_norm=mean_of(found, "update_norm"),
                 cosine=mean_of(found, "cosine"),
                 capture=mean_of(found, "capture"),
+                influence=mean_of(found, "influence"),
             )
             for name, found in devices.items()
         ),

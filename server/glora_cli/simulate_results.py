@@ -22,13 +22,14 @@ Pair = tuple[str, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRecord:
-    """A device's update of a round, as means over modules: ‖ΔW‖, its cosine with the mean update, and the share of it
-    that the consensus subspace holds, ‖PΔW‖/‖ΔW‖."""
+    """A device's update of a round, as means over modules: ‖ΔW‖, its cosine with the mean update, the share of it that
+    the consensus subspace holds, ‖PΔW‖/‖ΔW‖, and how far the mean would move without it (None in older files)."""
 
     device: str
     update_norm: float | None
     cosine: float | None
     capture: float | None
+    influence: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +52,13 @@ class Result:
     """One rank of one round; what belongs to the whole round is repeated for every rank.
 
     `accuracy` and `loss` are those of the readout of `rank` on the held-out rows, null where it was not measured.
-    `devices` is the number of devices of exactly this rank. `truncation_error`, `captured_energy`, `eigengap` and
-    `mean_norm` are means over the modules, `sigma` (of the new state) and `coverage` too, item by item. `failed`
-    counts devices whose training diverged, `rejected` those whose update was refused. `bytes_up` and `bytes_down` are
-    what the method moves, all devices together: numbers times the width of the wire's format, no headers. `seconds`
-    are those of the whole round with its measurements, on this machine. `consensus` stands in the row of the server's
-    rank only, of which every round has one; it is None where nobody's update was accepted, and in files of versions
-    that did not keep it.
+    `devices` is the number of devices of exactly this rank. `truncation_error`, `aggregation_bias` (the part of it that
+    no larger rank mends), `captured_energy`, `eigengap` and `mean_norm` are means over the modules, `sigma` (of the new
+    state) and `coverage` too, item by item. `failed` counts devices whose training diverged, `rejected` those whose
+    update was refused. `bytes_up` and `bytes_down` are what the method moves, all devices together: numbers times the
+    width of the wire's format, no headers. `seconds` are those of the whole round with its measurements, on this
+    machine. `consensus` stands in the row of the server's rank only, of which every round has one; it is None where
+    nobody's update was accepted. Files of versions that did not keep `consensus` or `aggregation_bias` have None there.
     """
 
     settings: str
@@ -84,6 +85,7 @@ class Result:
     seconds: float
     aggregation_seconds: float
     consensus: Consensus | None = None
+    aggregation_bias: float | None = None
 
     def to_json(self) -> str:
         """The row as one line."""

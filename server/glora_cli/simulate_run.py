@@ -199,6 +199,7 @@ class _Run:
             loss=None if score is None else _finite(score.loss),
             training_loss=mean(counted.losses),
             truncation_error=mean_of(modules, "truncation_error"),
+            aggregation_bias=mean_of(modules, "aggregation_bias"),
             captured_energy=mean_of(modules, "captured_energy"),
             eigengap=mean_of(modules, "eigengap"),
             mean_norm=mean_of(modules, "mean_norm"),

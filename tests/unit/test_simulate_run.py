@@ -107,11 +107,22 @@ def test_a_round_tells_how_far_devices_agree_and_what_each_of_them_sent(world: W
         assert -1 <= device.cosine <= 1
         assert device.capture is not None
         assert 0 <= device.capture <= 1
+        assert device.influence is not None
+        assert device.influence > 0
     second = last[-1].consensus
     assert second is not None
     assert second.mean_angle is not None
     assert second.largest_angle is not None
     assert 0 <= second.mean_angle <= second.largest_angle <= 1.6
+
+
+def test_what_no_rank_mends_is_told_apart_from_what_a_larger_one_would(world: World) -> None:
+    for row in world.run(entry("glora")) + world.run(entry("fedit")):
+        assert row.aggregation_bias is not None
+        assert row.truncation_error is not None
+        assert 0 <= row.aggregation_bias <= row.truncation_error + 1e-6
+    assert world.run(entry("flexlora"))[0].aggregation_bias == pytest.approx(0.0, abs=1e-6)
+    assert (world.run(entry("fedit"))[0].aggregation_bias or 0.0) > 1e-3
 
 
 def test_a_strategy_without_votes_tells_of_its_devices_only(world: World) -> None:
