@@ -217,7 +217,7 @@ class _Filler:
         )
         if number == 0 or number > self.rounds - _KEPT:
             for part in parts():
-                uow.versions.put_part(self.version_id(number), part)
+                uow.versions.put_parts(self.version_id(number), part)
         uow.versions.publish(self.version_id(number), json.dumps(summary(number)))
 
     def _some(self, numbers: Sequence[int], uow: UnitOfWork) -> None:

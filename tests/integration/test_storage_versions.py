@@ -29,7 +29,7 @@ _V0, _V1 = VersionId("v0"), VersionId("v1")
 
 def _published(number: int, uow: UnitOfWork, *, pinned: bool = False) -> None:
     uow.versions.add(version(number, pinned=pinned))
-    uow.versions.put_part(VersionId(f"v{number}"), part())
+    uow.versions.put_parts(VersionId(f"v{number}"), part())
     uow.versions.put_readout(readout(f"v{number}"))
     uow.versions.publish(VersionId(f"v{number}"), "{}")
 
@@ -38,9 +38,9 @@ async def test_parts_written_earlier_are_published_together(store: SqlStore) -> 
     await store.write(lambda uow: uow.runs.add(run()))
     await store.write(lambda uow: uow.versions.add(version(1)))
     dense = StatePart(name="classifier.weight", kind=TensorKind.DENSE, tensors={})
-    await store.write(lambda uow: uow.versions.put_part(_V1, part(size=8)))
-    await store.write(lambda uow: uow.versions.put_part(_V1, part()))
-    await store.write(lambda uow: uow.versions.put_part(_V1, dense))
+    await store.write(lambda uow: uow.versions.put_parts(_V1, part(size=8)))
+    await store.write(lambda uow: uow.versions.put_parts(_V1, part()))
+    await store.write(lambda uow: uow.versions.put_parts(_V1, dense))
     with pytest.raises(GloraError) as raised:
         await store.read(lambda uow: uow.versions.by_number(_RUN, 1))
     assert raised.value.reason is Reason.VERSION_UNKNOWN
@@ -49,13 +49,13 @@ async def test_parts_written_earlier_are_published_together(store: SqlStore) -> 
     found = await store.read(lambda uow: uow.versions.by_number(_RUN, 1))
     assert found == version(1, published=True, summary_json='{"captured": 0.9}')
     assert await store.read(lambda uow: uow.versions.part_names(_V1)) == ("classifier.weight", part().name)
-    assert await store.read(lambda uow: uow.versions.part(_V1, part().name)) == part()
-    assert await store.read(lambda uow: uow.versions.part(_V1, "classifier.weight")) == dense
+    assert await store.read(lambda uow: uow.versions.parts(_V1, [part().name])[0]) == part()
+    assert await store.read(lambda uow: uow.versions.parts(_V1, ["classifier.weight"])[0]) == dense
 
 
 async def test_a_published_version_never_changes(store: SqlStore) -> None:
     await store.write(stage)
-    for work in (lambda uow: uow.versions.put_part(_V0, part()), lambda uow: uow.versions.drop(_V0)):
+    for work in (lambda uow: uow.versions.put_parts(_V0, part()), lambda uow: uow.versions.drop(_V0)):
         with pytest.raises(GloraError, match="never change") as raised:
             await store.write(work)
         assert raised.value.reason is Reason.ILLEGAL_TRANSITION
@@ -85,7 +85,7 @@ async def test_an_unpublished_version_is_dropped_whole(store: SqlStore) -> None:
 
     def build(uow: UnitOfWork) -> None:
         uow.versions.add(version(1))
-        uow.versions.put_part(_V1, part())
+        uow.versions.put_parts(_V1, part())
         uow.versions.put_diagnostics(ModuleDiagnostics(version_id=_V1, module="m", values_json="{}"))
 
     await store.write(build)
@@ -103,9 +103,9 @@ async def test_unknown_versions_are_named_with_those_that_exist(store: SqlStore)
         (lambda uow: uow.versions.by_number(_RUN, 7), "number 7; the newest are 0"),
         (lambda uow: uow.versions.by_number(RunId("other"), 7), "it has none yet"),
         (lambda uow: uow.versions.get(VersionId("v9")), "'v9'"),
-        (lambda uow: uow.versions.part(VersionId("v9"), "m"), "'v9'"),
-        (lambda uow: uow.versions.part(_V0, "m"), "no part 'm'"),
-        (lambda uow: uow.versions.put_part(VersionId("v9"), part()), "'v9'"),
+        (lambda uow: uow.versions.parts(VersionId("v9"), ["m"])[0], "'v9'"),
+        (lambda uow: uow.versions.parts(_V0, ["m"])[0], "no part 'm'"),
+        (lambda uow: uow.versions.put_parts(VersionId("v9"), part()), "'v9'"),
         (lambda uow: uow.versions.publish(VersionId("v9"), ""), "'v9'"),
         (lambda uow: uow.versions.pin(VersionId("v9"), pinned=True), "'v9'"),
     ):
@@ -142,7 +142,7 @@ async def test_retention_keeps_the_last_and_the_pinned_versions(store: SqlStore)
             await store.read(bound(lambda uow, name: uow.versions.readout(name, 4, "float32"), name)) is not None
         ) is kept
     with pytest.raises(GloraError, match="retention") as raised:
-        await store.read(lambda uow: uow.versions.part(_V1, part().name))
+        await store.read(lambda uow: uow.versions.parts(_V1, [part().name])[0])
     assert raised.value.reason is Reason.VERSION_UNKNOWN
     assert await store.write(lambda uow: uow.versions.prune(_RUN, keep=2)) == ()
     await store.write(lambda uow: uow.versions.prune(_RUN, keep=0))
@@ -200,8 +200,25 @@ async def test_a_part_of_twenty_megabytes_works(store: SqlStore) -> None:
         tensors={"u": TensorData(dtype="float32", shape=(5 * 1024 * 1024,), data=data)},
     )
     await store.write(together(lambda uow: uow.runs.add(run()), lambda uow: uow.versions.add(version(1))))
-    await store.write(lambda uow: uow.versions.put_part(_V1, big))
-    assert await store.read(lambda uow: uow.versions.part(_V1, "m")) == big
+    await store.write(lambda uow: uow.versions.put_parts(_V1, big))
+    assert await store.read(lambda uow: uow.versions.parts(_V1, ["m"])[0]) == big
+
+
+async def test_parts_come_in_the_order_in_which_they_are_asked_for(store: SqlStore) -> None:
+    names = [f"layer.{number}" for number in range(12)]
+    made = [replace(part(), name=name) for name in names]
+    await store.write(
+        together(
+            lambda uow: uow.runs.add(run()),
+            lambda uow: uow.versions.add(version(1)),
+            lambda uow: uow.versions.put_parts(_V1, *made),
+        )
+    )
+    assert await store.read(lambda uow: uow.versions.parts(_V1, names[::-1])) == tuple(made[::-1])
+    assert await store.read(lambda uow: uow.versions.parts(_V1, [])) == ()
+    with pytest.raises(GloraError, match="no part 'layer\\.99'") as raised:
+        await store.read(lambda uow: uow.versions.parts(_V1, [names[0], "layer.99"]))
+    assert raised.value.reason is Reason.VERSION_UNKNOWN
 
 
 async def test_a_tensor_that_was_damaged_is_not_handed_out(store: SqlStore) -> None:
@@ -209,7 +226,7 @@ async def test_a_tensor_that_was_damaged_is_not_handed_out(store: SqlStore) -> N
         together(
             lambda uow: uow.runs.add(run()),
             lambda uow: uow.versions.add(version(1)),
-            lambda uow: uow.versions.put_part(_V1, part()),
+            lambda uow: uow.versions.put_parts(_V1, part()),
         )
     )
 
@@ -222,7 +239,7 @@ async def test_a_tensor_that_was_damaged_is_not_handed_out(store: SqlStore) -> N
 
     await store.write(damage)
     with pytest.raises(GloraError, match="damaged") as raised:
-        await store.read(lambda uow: uow.versions.part(_V1, part().name))
+        await store.read(lambda uow: uow.versions.parts(_V1, [part().name])[0])
     assert raised.value.reason is Reason.DIGEST_MISMATCH
 
 
@@ -250,5 +267,5 @@ async def test_the_rank_of_a_module_is_known_without_reading_its_tensors(store: 
     await store.write(lambda uow: uow.versions.add(version(1)))
     sigma = TensorData(dtype="float32", shape=(3,), data=bytes(12))
     module = replace(part(), tensors=dict(part().tensors) | {"sigma": sigma})
-    await store.write(lambda uow: uow.versions.put_part(_V1, module))
+    await store.write(lambda uow: uow.versions.put_parts(_V1, module))
     assert await store.read(lambda uow: uow.versions.module_ranks(_V1)) == {part().name: 3}

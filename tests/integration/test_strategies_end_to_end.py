@@ -136,7 +136,7 @@ async def play(world: World, run: Run, phones: Sequence[Phone], number: int) -> 
 async def published(world: World, run: Run, number: int, module: str) -> LayerState:
     """The state of a module in a version."""
     version = await world.read(lambda uow: uow.versions.by_number(run.id, number))
-    part = await world.read(lambda uow: uow.versions.part(version.id, module))
+    part = await world.read(lambda uow: uow.versions.parts(version.id, [module])[0])
     return module_state(part, strategy=version.strategy, device=torch.device("cpu"))
 
 

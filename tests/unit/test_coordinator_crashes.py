@@ -45,9 +45,9 @@ async def check_finished(world: World, run: Run) -> None:
     assert (round_.phase, round_.number, round_.attempt) == (RoundPhase.COMMITTED, 1, 1)
     assert [a.phase for a in round_.assignments] == [AssignmentPhase.ACCEPTED_UPDATE] * 2
     version = await world.read(lambda uow: uow.versions.by_number(run.id, 1))
-    part = await world.read(lambda uow: uow.versions.part(version.id, "layer.0.query"))
+    part = await world.read(lambda uow: uow.versions.parts(version.id, ["layer.0.query"])[0])
     assert (tensor(part, "u") @ tensor(part, "a"))[0, 0] == pytest.approx(3.0)
-    bias = await world.read(lambda uow: uow.versions.part(version.id, "classifier.bias"))
+    bias = await world.read(lambda uow: uow.versions.parts(version.id, ["classifier.bias"])[0])
     np.testing.assert_allclose(tensor(bias, "value"), 3.0)
     assert list(world.workspace.spool.iterdir()) == []
     named = await world.read(lambda uow: uow.versions.readout_digests())

@@ -45,7 +45,7 @@ async def test_two_devices_take_a_run_from_its_start_to_its_end(world: World) ->
     await world.until(run.id, lambda uow: uow.runs.get(run.id).phase is RunPhase.COMPLETED)
     await world.quiet()
     version = await world.read(lambda uow: uow.versions.by_number(run.id, 2))
-    part = await world.read(lambda uow: uow.versions.part(version.id, "layer.0.query"))
+    part = await world.read(lambda uow: uow.versions.parts(version.id, ["layer.0.query"])[0])
     expected = np.zeros((4, 6))
     expected[0, 0] = 0.75 * 1.0 + 0.25 * 5.0
     np.testing.assert_allclose(tensor(part, "u") @ tensor(part, "a"), expected, atol=1e-6)

@@ -281,21 +281,18 @@ def _progress(work: _Work, uow: UnitOfWork) -> tuple[tuple[str, ...], tuple[str,
 def _parts(version_id: VersionId, names: Sequence[str], uow: UnitOfWork) -> tuple[StatePart, ...]:
     """The parts of the previous version; a dense tensor that was never aggregated comes without tensors."""
     stored = set(uow.versions.part_names(version_id))
-    return tuple(
-        uow.versions.part(version_id, name)
-        if name in stored
-        else StatePart(name=name, kind=TensorKind.DENSE, tensors={})
-        for name in names
-    )
+    found = {part.name: part for part in uow.versions.parts(version_id, [name for name in names if name in stored])}
+    return tuple(found.get(name) or StatePart(name=name, kind=TensorKind.DENSE, tensors={}) for name in names)
 
 
 def _put_parts(version_id: VersionId, made: Sequence[AggregatedPart], uow: UnitOfWork) -> None:
-    for item in made:
-        uow.versions.put_part(version_id, item.part)
-        if item.part.kind is TensorKind.MODULE:
-            uow.versions.put_diagnostics(
-                ModuleDiagnostics(version_id=version_id, module=item.part.name, values_json=item.diagnostics_json)
-            )
+    uow.versions.put_parts(version_id, *(item.part for item in made))
+    measured = (
+        ModuleDiagnostics(version_id=version_id, module=item.part.name, values_json=item.diagnostics_json)
+        for item in made
+        if item.part.kind is TensorKind.MODULE
+    )
+    uow.versions.put_diagnostics(*measured)
 
 
 def summarise(modules: Sequence[Mapping[str, object]]) -> dict[str, float]:

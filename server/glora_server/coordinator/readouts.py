@@ -212,7 +212,7 @@ def shards(names: Sequence[str], manifest: Manifest, rank: int) -> Iterator[tupl
 
 
 def _parts(version_id: VersionId, names: Sequence[str], uow: UnitOfWork) -> tuple[StatePart, ...]:
-    return tuple(uow.versions.part(version_id, name) for name in names)
+    return uow.versions.parts(version_id, names)
 
 
 def _lay_out(path: Path, specs: Sequence[TensorSpec]) -> None:

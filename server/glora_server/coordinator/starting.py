@@ -104,5 +104,4 @@ def _store(version: Version, parts: tuple[StatePart, ...], uow: UnitOfWork) -> N
     else:
         if known.published:
             return
-    for part in parts:
-        uow.versions.put_part(version.id, part)
+    uow.versions.put_parts(version.id, *parts)

@@ -218,20 +218,20 @@ class Versions(Protocol):
         """The published version; raises VERSION_UNKNOWN naming the ones that exist."""
         ...
 
-    def put_part(self, version_id: VersionId, part: StatePart) -> None:
-        """Store one part; the same part again replaces it while the version is unpublished."""
+    def put_parts(self, version_id: VersionId, *parts: StatePart) -> None:
+        """Store parts; the same part again replaces it while the version is unpublished."""
         ...
 
-    def part(self, version_id: VersionId, name: str) -> StatePart:
-        """One part with its tensors; raises VERSION_UNKNOWN."""
+    def parts(self, version_id: VersionId, names: Sequence[str]) -> tuple[StatePart, ...]:
+        """The parts of these names with their tensors, in that order; raises VERSION_UNKNOWN."""
         ...
 
     def part_names(self, version_id: VersionId) -> tuple[str, ...]:
         """Names of the parts that are stored, in the order of their names."""
         ...
 
-    def put_diagnostics(self, diagnostics: ModuleDiagnostics) -> None:
-        """Store or replace what was measured for one module."""
+    def put_diagnostics(self, *diagnostics: ModuleDiagnostics) -> None:
+        """Store or replace what was measured for modules."""
         ...
 
     def diagnostics(self, version_id: VersionId) -> tuple[ModuleDiagnostics, ...]:

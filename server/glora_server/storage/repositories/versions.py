@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from sqlalchemy import delete, exists, select, update
+from sqlalchemy import delete, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from glora_server.coordinator.model import (
@@ -22,9 +23,11 @@ from glora_server.coordinator.model import (
 from glora_server.rounds.ids import RunId, VersionId
 from glora_server.storage.models import DiagnosticsRow, PartRow, ReadoutRow, TensorRow, UploadRow, VersionRow
 from glora_server.storage.repositories.rows import (
+    AnyRow,
     Order,
     Session,
     add_row,
+    among,
     built,
     columns_of,
     page_of,
@@ -64,61 +67,45 @@ class VersionRepository:
             raise self._no_such_number(run_id, number)
         return built(Version, row)
 
-    def put_part(self, version_id: VersionId, part: StatePart) -> None:
-        """Store one part, replacing one of that name; raises ILLEGAL_TRANSITION once the version is published."""
+    def put_parts(self, version_id: VersionId, *parts: StatePart) -> None:
+        """Store parts, replacing those of their names; raises ILLEGAL_TRANSITION once the version is published."""
         self._require_unpublished(version_id)
-        key = {"version_id": version_id, "name": part.name}
-        put_rows(self._session, PartRow, [key | {"kind": part.kind}])
-        self._session.connection.execute(
-            delete(TensorRow).where(TensorRow.version_id == version_id, TensorRow.part == part.name)
-        )
-        for name, tensor in part.tensors.items():
-            add_row(
-                self._session,
-                TensorRow,
-                {
-                    "version_id": version_id,
-                    "part": part.name,
-                    "tensor": name,
-                    "dtype": tensor.dtype,
-                    "shape": tensor.shape,
-                    "sha256": hashlib.sha256(tensor.data).hexdigest(),
-                    "data": tensor.data,
-                },
-            )
+        rows = [{"version_id": version_id, "name": part.name, "kind": part.kind} for part in parts]
+        put_rows(self._session, PartRow, rows)
+        replaced = among(self._session, TensorRow.part, [part.name for part in parts])
+        self._session.connection.execute(delete(TensorRow).where(TensorRow.version_id == version_id, replaced))
+        tensors = [values for part in parts for values in _tensors(version_id, part)]
+        if tensors:
+            self._session.connection.execute(insert(TensorRow), tensors)
 
-    def part(self, version_id: VersionId, name: str) -> StatePart:
-        """One part with its tensors; raises VERSION_UNKNOWN, and DIGEST_MISMATCH when a tensor was damaged."""
-        row = self._session.first(select(PartRow.kind).where(PartRow.version_id == version_id, PartRow.name == name))
-        if row is None:
-            raise self._no_such_part(version_id, name)
-        tensors = self._session.rows(
-            select(TensorRow.tensor, TensorRow.dtype, TensorRow.shape, TensorRow.sha256, TensorRow.data)
-            .where(TensorRow.version_id == version_id, TensorRow.part == name)
-            .order_by(TensorRow.tensor)
+    def parts(self, version_id: VersionId, names: Sequence[str]) -> tuple[StatePart, ...]:
+        """The parts, as named; raises VERSION_UNKNOWN, and DIGEST_MISMATCH when a tensor was damaged."""
+        kinds = self._session.rows(
+            select(PartRow.name, PartRow.kind).where(
+                PartRow.version_id == version_id, among(self._session, PartRow.name, names)
+            )
         )
-        found: dict[str, TensorData] = {}
-        for tensor in tensors:
-            if hashlib.sha256(tensor.data).hexdigest() != tensor.sha256:
-                raise GloraError(
-                    Reason.DIGEST_MISMATCH,
-                    f"Tensor {tensor.tensor} of {name} in version {version_id} is damaged in the database; "
-                    "restore the database from a backup.",
-                    version=version_id,
-                    part=name,
-                    tensor=tensor.tensor,
-                )
-            found[tensor.tensor] = TensorData(dtype=tensor.dtype, shape=tensor.shape, data=bytes(tensor.data))
-        return StatePart(name=name, kind=TensorKind(row.kind), tensors=found)
+        found: dict[str, dict[str, TensorData]] = {row.name: {} for row in kinds}
+        if missing := next((name for name in names if name not in found), None):
+            raise self._no_such_part(version_id, missing)
+        tensors = self._session.rows(
+            select(TensorRow.part, TensorRow.tensor, TensorRow.dtype, TensorRow.shape, TensorRow.sha256, TensorRow.data)
+            .where(TensorRow.version_id == version_id, among(self._session, TensorRow.part, names))
+            .order_by(TensorRow.part, TensorRow.tensor)
+        )
+        for row in tensors:
+            found[row.part][row.tensor] = _undamaged(version_id, row)
+        kind = {row.name: TensorKind(row.kind) for row in kinds}
+        return tuple(StatePart(name=name, kind=kind[name], tensors=found[name]) for name in names)
 
     def part_names(self, version_id: VersionId) -> tuple[str, ...]:
         """Names of the parts that are stored, in the order of their names."""
         rows = self._session.rows(select(PartRow.name).where(PartRow.version_id == version_id))
         return tuple(sorted(row.name for row in rows))
 
-    def put_diagnostics(self, diagnostics: ModuleDiagnostics) -> None:
-        """Store or replace what was measured for one module."""
-        put_rows(self._session, DiagnosticsRow, [values_of(diagnostics)])
+    def put_diagnostics(self, *diagnostics: ModuleDiagnostics) -> None:
+        """Store or replace what was measured for modules."""
+        put_rows(self._session, DiagnosticsRow, [values_of(measured) for measured in diagnostics])
 
     def diagnostics(self, version_id: VersionId) -> tuple[ModuleDiagnostics, ...]:
         """What was measured for the version, by module name."""
@@ -268,3 +255,30 @@ def _published(version_id: VersionId) -> GloraError:
         f"Version {version_id} is published; published versions never change.",
         version=version_id,
     )
+
+
+def _tensors(version_id: VersionId, part: StatePart) -> Iterator[dict[str, Any]]:
+    """The rows of the part's tensors."""
+    for name, tensor in part.tensors.items():
+        yield {
+            "version_id": version_id,
+            "part": part.name,
+            "tensor": name,
+            "dtype": tensor.dtype,
+            "shape": tensor.shape,
+            "sha256": hashlib.sha256(tensor.data).hexdigest(),
+            "data": tensor.data,
+        }
+
+
+def _undamaged(version_id: VersionId, row: AnyRow) -> TensorData:
+    if hashlib.sha256(row.data).hexdigest() != row.sha256:
+        raise GloraError(
+            Reason.DIGEST_MISMATCH,
+            f"Tensor {row.tensor} of {row.part} in version {version_id} is damaged in the database; "
+            "restore the database from a backup.",
+            version=version_id,
+            part=row.part,
+            tensor=row.tensor,
+        )
+    return TensorData(dtype=row.dtype, shape=row.shape, data=bytes(row.data))
