@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sqlite3
 import stat
 import sys
 from pathlib import Path
@@ -131,4 +132,19 @@ async def test_commits_of_sqlite_reach_the_disk(tmp_path: Path) -> None:
             for name in ("journal_mode", "synchronous", "foreign_keys", "query_only")
         }
     assert found == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "query_only": 0}
+    await store.close()
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_new_database_has_large_pages_and_an_old_one_keeps_its_own(tmp_path: Path, there: bool) -> None:
+    path = tmp_path / "glora.db"
+    if there:
+        old = sqlite3.connect(path)
+        old.execute("PRAGMA page_size = 4096")
+        old.execute("CREATE TABLE other (id INTEGER)")
+        old.close()
+    store = SqlStore.open(f"sqlite:///{path}")
+    with store._database.writer.begin() as connection:
+        assert connection.exec_driver_sql("PRAGMA page_size").scalar_one() == (4096 if there else 16384)
+        assert connection.exec_driver_sql("PRAGMA secure_delete").scalar_one() == 2, "FAST: no zeros are written"
     await store.close()

@@ -18,6 +18,8 @@ READERS: Final = 3
 """Threads, and connections, that read at the same time."""
 _BUSY_SECONDS: Final = 10.0
 _WAL_LIMIT: Final = 64 * 1024 * 1024
+_PAGE_BYTES: Final = 16 * 1024
+"""Of a new database; one that exists keeps its own (4 KiB by default). States are what it mostly holds."""
 _PRIVATE: Final = 0o600
 
 
@@ -119,11 +121,14 @@ def _prepare_sqlite(engine: Engine, *, begin: str, read_only: bool) -> None:
     def _connected(connection: sqlite3.Connection, _record: Any) -> None:
         connection.isolation_level = None
         pragmas = [
+            f"page_size={_PAGE_BYTES}",
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
             f"busy_timeout={int(_BUSY_SECONDS * 1000)}",
             f"journal_size_limit={_WAL_LIMIT}",
+            # Some builds write zeros over whatever is deleted, which is a whole state in every round.
+            "secure_delete=FAST",
             f"query_only={'ON' if read_only else 'OFF'}",
         ]
         for pragma in pragmas:
