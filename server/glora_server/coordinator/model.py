@@ -128,7 +128,7 @@ class TensorData:
     dtype: str
     """"float32" or "float64"."""
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

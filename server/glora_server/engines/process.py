@@ -7,10 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
-from multiprocessing.connection import Connection
 from typing import Final
 
 from glora_server.coordinator.ports import WorkerLostError
+from glora_server.engines.pipe import Pipe
 from glora_server.engines.protocol import Answer, Hello, Job
 from glora_wire.errors import GloraError
 
@@ -27,7 +27,7 @@ class WorkerProcess:
         command = [sys.executable, "-P", "-m", "glora_server.engines.worker"]
         arguments = [str(theirs.fileno()), str(os.getpid()), device, str(threads)]
         with theirs:
-            self._pipe = Connection(ours.detach())
+            self._pipe = Pipe(ours)
             try:
                 self._process = subprocess.Popen(  # noqa: S603 (our own module under our own interpreter)
                     [*command, *arguments],
@@ -85,7 +85,7 @@ class WorkerProcess:
 
     def _received(self) -> object:
         try:
-            return self._pipe.recv()
+            return self._pipe.receive()
         except (EOFError, OSError) as error:
             raise self._lost() from error
 

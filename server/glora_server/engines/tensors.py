@@ -66,7 +66,7 @@ def from_record(record: TensorData, device: torch.device) -> Tensor:
 def to_record(tensor: Tensor) -> TensorData:
     """Record of a tensor; all that is not float64 is kept as float32."""
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return TensorData(dtype=_STORED_NAMES[dtype], shape=tuple(tensor.shape), data=bytes(to_bytes(tensor, dtype)))
+    return TensorData(dtype=_STORED_NAMES[dtype], shape=tuple(tensor.shape), data=to_bytes(tensor, dtype))
 
 
 def header_of(path: Path) -> PayloadHeader:

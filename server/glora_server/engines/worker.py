@@ -11,15 +11,16 @@ import ctypes
 import os
 import resource
 import signal
+import socket
 import sys
 import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, assert_never
 
 from glora_server.coordinator.ports import AggregateJob, CheckJob, InitialiseJob, RenderJob
+from glora_server.engines.pipe import Pipe
 from glora_server.engines.protocol import (
     Answer,
     CheckStrategy,
@@ -56,9 +57,9 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _end_with(parent)
     keep_buffers()
-    with Connection(descriptor) as pipe:
+    with socket.socket(fileno=descriptor) as end:
         try:
-            return _serve(pipe, device, threads)
+            return _serve(Pipe(end), device, threads)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return 0
 
@@ -71,7 +72,7 @@ def _end_with(parent: int) -> None:
         sys.exit(0)
 
 
-def _serve(pipe: Connection, choice: str, threads: int) -> int:
+def _serve(pipe: Pipe, choice: str, threads: int) -> int:
     try:
         means = _start_torch(choice, threads)
     except GloraError as error:
@@ -83,9 +84,9 @@ def _serve(pipe: Connection, choice: str, threads: int) -> int:
     return 1
 
 
-def _serve_one(pipe: Connection, means: _Means) -> bool:
+def _serve_one(pipe: Pipe, means: _Means) -> bool:
     """Answer one job; whether the process can go on. No reference to the job stays behind: states are large."""
-    job: Job = pipe.recv()
+    job: Job = pipe.receive()
     started = time.perf_counter()
     outcome, healthy = _outcome(job, means)
     pipe.send(Answer(outcome=outcome, seconds=time.perf_counter() - started, peak_bytes=_peak_bytes()))
