@@ -26,8 +26,9 @@ from glora_server.coordinator.ports import (
     StrategyChoice,
     UpdateRef,
 )
-from glora_server.coordinator.readouts import present_specs, shards
+from glora_server.coordinator.readouts import present_specs
 from glora_server.coordinator.run_spec import RunSpec
+from glora_server.coordinator.shards import shards
 from glora_server.engines import folding, jobs
 from glora_server.engines.catalogue import contract
 from glora_server.engines.states import module_state

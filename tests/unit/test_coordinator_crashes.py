@@ -13,7 +13,7 @@ from coordinator_world import EVALUATOR, Phone, Trained, World, a_world
 from people_cases import ADMIN
 from tiny_numerics import tensor
 
-from glora_server.coordinator import readouts
+from glora_server.coordinator import shards
 from glora_server.coordinator.messages import UploadStatus, WorkOffer
 from glora_server.coordinator.model import Run
 from glora_server.rounds.assignment import AssignmentPhase
@@ -124,7 +124,7 @@ async def test_while_a_verdict_is_entered(world: World, *, before: bool) -> None
 @pytest.mark.parametrize("job", [1, 2, 3], ids=["before-the-first-part", "between-parts", "before-the-last-part"])
 async def test_while_parts_are_aggregated(world: World, monkeypatch: pytest.MonkeyPatch, job: int) -> None:
     """Parts that were stored are not computed again."""
-    monkeypatch.setattr(readouts, "SHARD_BYTES", 1)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 1)
     run, phones, offers, trained = await two_at_work(world)
     world.numerics.crash_at["aggregate"] = job
     statuses = await asyncio.gather(*(p.push(o, t) for p, o, t in zip(phones, offers, trained, strict=True)))

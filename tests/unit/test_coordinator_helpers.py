@@ -13,13 +13,13 @@ from round_cases import Driver, offered, planned
 from storage_records import measurement, run
 from tiny_numerics import Array
 
-from glora_server.coordinator import readouts
+from glora_server.coordinator import shards as coordinator_shards
 from glora_server.coordinator.expectations import check_file, check_scales, config_json, max_upload_bytes, upload_specs
 from glora_server.coordinator.folding import summarise
 from glora_server.coordinator.hub import Hub, Signals
 from glora_server.coordinator.model import MetricPhase
-from glora_server.coordinator.readouts import shards
 from glora_server.coordinator.scores import version_scores
+from glora_server.coordinator.shards import shards
 from glora_server.coordinator.staffing import standing_refusal
 from glora_server.coordinator.views import AssignmentView, LiveProgress, RoundView
 from glora_server.coordinator.waiting import span, why_it_waits
@@ -265,7 +265,7 @@ def test_a_file_must_hold_exactly_the_planned_tensors(tmp_path: Path) -> None:
 def test_shards_hold_every_part_once_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [*(module.name for module in MANIFEST.modules), *(dense.name for dense in MANIFEST.dense)]
     for size in (1, 100, 400, 10**9):
-        monkeypatch.setattr(readouts, "SHARD_BYTES", size)
+        monkeypatch.setattr(coordinator_shards, "SHARD_BYTES", size)
         groups = list(shards(names, MANIFEST, 4))
         assert [name for group in groups for name in group] == names
         assert all(groups)

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -47,8 +47,9 @@ from glora_server.coordinator.ports import (
     UnitOfWork,
     UpdateRef,
 )
-from glora_server.coordinator.readouts import Readouts, shards
+from glora_server.coordinator.readouts import Readouts
 from glora_server.coordinator.run_spec import RunSpec
+from glora_server.coordinator.shards import read_shards, shards
 from glora_server.coordinator.transitions import Transition, step
 from glora_server.rounds.assignment import AssignmentPhase
 from glora_server.rounds.ids import VersionId
@@ -152,13 +153,30 @@ class Folder:
         left = [name for name in names if name not in (done or ())]
         async with AsyncExitStack() as files:
             updates = await self._updates(work, spec, files)
-            for shard in shards(left, work.run.manifest, spec.lora.max_rank):
-                await self._make_shard(work, spec, updates, shard)
+            groups = tuple(shards(left, work.run.manifest, spec.lora.max_rank))
+            await self._make_shards(work, spec, updates, groups)
 
-    async def _make_shard(
-        self, work: _Work, spec: RunSpec, updates: tuple[UpdateRef, ...], names: Sequence[str]
+    async def _make_shards(
+        self, work: _Work, spec: RunSpec, updates: tuple[UpdateRef, ...], groups: Sequence[Sequence[str]]
     ) -> None:
-        previous = await self._store.read(partial(_parts, work.base.id, names))
+        """Fold shard after shard; meanwhile the next one is read and the last one stored."""
+        storing: asyncio.Task[None] | None = None
+        try:
+            async with aclosing(read_shards(self._store, work.base.id, groups)) as shards_read:
+                async for previous in shards_read:
+                    made = await self._fold(work, spec, updates, previous)
+                    if storing is not None:
+                        await storing
+                    storing = asyncio.create_task(self._put(work, made))
+            if storing is not None:
+                await storing
+        finally:
+            if storing is not None:
+                await asyncio.gather(storing, return_exceptions=True)
+
+    async def _fold(
+        self, work: _Work, spec: RunSpec, updates: tuple[UpdateRef, ...], previous: tuple[StatePart, ...]
+    ) -> tuple[AggregatedPart, ...]:
         job = AggregateJob(
             strategy=StrategyChoice(name=spec.strategy.name, options=spec.strategy.options),
             parts=previous,
@@ -167,7 +185,9 @@ class Folder:
             round_index=work.round.number - 1,
             wire_dtype=spec.wire.dtype.value,
         )
-        made = await retrying(partial(self._numerics.aggregate, job))
+        return await retrying(partial(self._numerics.aggregate, job))
+
+    async def _put(self, work: _Work, made: tuple[AggregatedPart, ...]) -> None:
         await self._store.write(partial(_put_parts, VersionId(work.round.id), made))
 
     async def _updates(self, work: _Work, spec: RunSpec, files: AsyncExitStack) -> tuple[UpdateRef, ...]:
@@ -276,13 +296,6 @@ def _progress(work: _Work, uow: UnitOfWork) -> tuple[tuple[str, ...], tuple[str,
     except GloraError:
         return names, None
     return names, uow.versions.part_names(VersionId(work.round.id))
-
-
-def _parts(version_id: VersionId, names: Sequence[str], uow: UnitOfWork) -> tuple[StatePart, ...]:
-    """The parts of the previous version; a dense tensor that was never aggregated comes without tensors."""
-    stored = set(uow.versions.part_names(version_id))
-    found = {part.name: part for part in uow.versions.parts(version_id, [name for name in names if name in stored])}
-    return tuple(found.get(name) or StatePart(name=name, kind=TensorKind.DENSE, tensors={}) for name in names)
 
 
 def _put_parts(version_id: VersionId, made: Sequence[AggregatedPart], uow: UnitOfWork) -> None:

@@ -9,12 +9,12 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from functools import partial
 from pathlib import Path
 from typing import Final
 
-from glora_server.coordinator.model import Readout, Run, StatePart, Version, new_id
+from glora_server.coordinator.model import Readout, Run, Version, new_id
 from glora_server.coordinator.numerics import retrying
 from glora_server.coordinator.ports import (
     Blobs,
@@ -23,9 +23,9 @@ from glora_server.coordinator.ports import (
     RenderJob,
     Store,
     StrategyChoice,
-    UnitOfWork,
 )
 from glora_server.coordinator.run_spec import RunSpec
+from glora_server.coordinator.shards import read_shards, shards
 from glora_server.coordinator.workspace import Workspace
 from glora_server.rounds.ids import VersionId
 from glora_wire.digests import Digest, HashAlgorithm, digest_file
@@ -34,9 +34,6 @@ from glora_wire.manifest import Manifest
 from glora_wire.names import dense_key, lora_key
 from glora_wire.payload import layout
 from glora_wire.tensors import TensorDtype, TensorSpec
-
-SHARD_BYTES = 32 * 1024 * 1024
-"""How much of a state is in memory at a time."""
 
 _FROZEN: Final = frozenset({"tail", "state"})
 """Variants that devices load beside the adapter that they train; that one has the dense tensors."""
@@ -151,20 +148,22 @@ class Readouts:
             stored &= {module.name for module in run.manifest.modules}
         await asyncio.to_thread(_lay_out, path, present_specs(run.manifest, stored, ranks, dtype))
         for rank, names in _by_rank(run.manifest, stored, ranks):
-            for shard in shards(names, run.manifest, spec.lora.max_rank):
-                job = RenderJob(
-                    path=path,
-                    strategy=StrategyChoice(name=version.strategy, options=spec.strategy.options),
-                    parts=await self._store.read(partial(_parts, version.id, shard)),
-                    rank=rank,
-                    scale=scale,
-                    seed=spec.seed,
-                    version_number=version.number,
-                    style=spec.lora.readout,
-                    variant=variant,
-                    first=first,
-                )
-                await retrying(partial(self._numerics.render, job))
+            groups = tuple(shards(names, run.manifest, spec.lora.max_rank))
+            async with aclosing(read_shards(self._store, version.id, groups)) as shards_read:
+                async for parts in shards_read:
+                    job = RenderJob(
+                        path=path,
+                        strategy=StrategyChoice(name=version.strategy, options=spec.strategy.options),
+                        parts=parts,
+                        rank=rank,
+                        scale=scale,
+                        seed=spec.seed,
+                        version_number=version.number,
+                        style=spec.lora.readout,
+                        variant=variant,
+                        first=first,
+                    )
+                    await retrying(partial(self._numerics.render, job))
 
     async def _keep(self, path: Path, readout: Readout) -> Readout:
         await asyncio.to_thread(self._blobs.adopt, path, readout.digest)
@@ -193,26 +192,6 @@ def _by_rank(
     for rank in sorted(set(ranks.values()), reverse=True):
         yield rank, (*(m.name for m in manifest.modules if ranks[m.name] == rank), *dense)
         dense = []
-
-
-def shards(names: Sequence[str], manifest: Manifest, rank: int) -> Iterator[tuple[str, ...]]:
-    """`names` in groups of at most SHARD_BYTES of state (float32), each group at least one part."""
-    sizes = {module.name: 4 * rank * (module.out_features + module.in_features) for module in manifest.modules}
-    group: list[str] = []
-    size = 0
-    for name in names:
-        own = sizes.get(name, 1)
-        if group and size + own > SHARD_BYTES:
-            yield tuple(group)
-            group, size = [], 0
-        group.append(name)
-        size += own
-    if group:
-        yield tuple(group)
-
-
-def _parts(version_id: VersionId, names: Sequence[str], uow: UnitOfWork) -> tuple[StatePart, ...]:
-    return uow.versions.parts(version_id, names)
 
 
 def _lay_out(path: Path, specs: Sequence[TensorSpec]) -> None:
