@@ -11,7 +11,9 @@ from typing import Final, Protocol, TypeVar
 
 import grpc
 
+from glora.v1 import coordinator_pb2, coordinator_pb2_grpc
 from glora_client.state import Identity
+from glora_wire.chunks import pack_part, unpacker
 from glora_wire.errors import GloraError, Reason
 from glora_wire.rpc_errors import error_from_rpc
 
@@ -116,6 +118,23 @@ def work_channel(identity: Identity, credentials: tuple[bytes, bytes, bytes]) ->
         grpc.ssl_channel_credentials(root_certificates=authority, private_key=key, certificate_chain=certificate),
         options=_OPTIONS,
     )
+
+
+def work_stub(channel: grpc.Channel) -> coordinator_pb2_grpc.CoordinatorServiceStub:
+    """The service behind the channel; parts of transfers are what `glora_wire.chunks` makes of them."""
+    stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+    service = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
+    stub.PullAdapter = channel.unary_stream(
+        f"/{service}/PullAdapter",
+        request_serializer=coordinator_pb2.PullAdapterRequest.SerializeToString,
+        response_deserializer=unpacker(coordinator_pb2.PullAdapterResponse),  # type: ignore[arg-type]  # or a Chunk
+    )
+    stub.PushUpdate = channel.stream_unary(
+        f"/{service}/PushUpdate",
+        request_serializer=pack_part,
+        response_deserializer=coordinator_pb2.PushUpdateResponse.FromString,
+    )
+    return stub
 
 
 def enrolment_channel(host: str, port: int, authority_pem: bytes) -> grpc.Channel:

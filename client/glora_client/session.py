@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Final
 
-from glora.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
+from glora.v1 import coordinator_pb2, types_pb2
 from glora_client.assignment import LocalWork, Worker
-from glora_client.channel import Backoff, Stop, Stopped, is_passing, work_channel
+from glora_client.channel import Backoff, Stop, Stopped, is_passing, work_channel, work_stub
 from glora_client.identity import needs_renewal, renew
 from glora_client.process import TrainerOptions, TrainingProcess
 from glora_client.retry import SESSION_ENDS, Persistence
@@ -66,7 +66,7 @@ class Session:
             stop=stop,
         )
         self._channel = work_channel(identity, state.credentials())
-        self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
+        self._stub = work_stub(self._channel)
         self._noticed: dict[str, str] = {}
         self._runs = {options.profile.run_name} - {""}
         self._next_renewal = 0.0
@@ -146,6 +146,6 @@ class Session:
             self._view.line(f"The certificate could not be renewed yet: {error.message}")
             return
         old, self._channel = self._channel, work_channel(self._identity, self._state.credentials())
-        self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
+        self._stub = work_stub(self._channel)
         old.close()
         self._view.line("The device's certificate was renewed.")

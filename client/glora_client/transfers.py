@@ -12,6 +12,7 @@ from typing import BinaryIO, Final
 from glora.v1 import coordinator_pb2, coordinator_pb2_grpc, types_pb2
 from glora_client.channel import SHORT_SECONDS, Stop
 from glora_client.state import StateFolder, StoredUpdate
+from glora_wire.chunks import Chunk
 from glora_wire.digests import Digest, Hasher, from_proto, hasher, to_proto
 from glora_wire.errors import GloraError, Reason
 from glora_wire.streams import MAX_CHUNK_BYTES, StreamAssembler, file_chunks
@@ -120,7 +121,7 @@ def pull_adapter(
 
 
 def _receive(
-    call: Iterator[coordinator_pb2.PullAdapterResponse],
+    call: Iterator[Chunk | coordinator_pb2.PullAdapterResponse],
     state: StateFolder,
     partial: _Partial,
     offset: int,
@@ -129,7 +130,7 @@ def _receive(
     progress: Progress,
 ) -> PulledAdapter:
     first = next(call, None)
-    if first is None or first.WhichOneof("part") != "header":
+    if first is None or isinstance(first, Chunk) or first.WhichOneof("part") != "header":
         raise GloraError(Reason.STREAM_MALFORMED, "The server's stream does not begin with a header.")
     digest, config_json = from_proto(first.header.digest), first.header.adapter_config_json
     cached = state.path / "adapters" / f"{digest.algorithm}-{digest.hex}.safetensors"
@@ -145,17 +146,15 @@ def _receive(
         running = hasher(digest.algorithm)
         _hash_beginning(file, offset, running)
         for part in call:
-            match part.WhichOneof("part"):
-                case "chunk":
-                    data = part.chunk.data
-                    assembler.chunk(part.chunk.offset, len(data))
-                    file.write(data)
-                    running.update(data)
-                    progress(assembler.position, digest.size)
-                case "trailer":
-                    assembler.trailer(from_proto(part.trailer.digest))
-                case _:
-                    raise GloraError(Reason.STREAM_MALFORMED, "The server's stream has a part that is not known.")
+            if isinstance(part, Chunk):
+                assembler.chunk(part.offset, len(part.data))
+                file.write(part.data)
+                running.update(part.data)
+                progress(assembler.position, digest.size)
+            elif part.WhichOneof("part") == "trailer":
+                assembler.trailer(from_proto(part.trailer.digest))
+            else:
+                raise GloraError(Reason.STREAM_MALFORMED, "The server's stream has a part that is not known.")
         assembler.verify(Digest(digest.algorithm, running.digest(), assembler.position))
         file.truncate(digest.size)
         os.fsync(file.fileno())
@@ -214,7 +213,7 @@ def push_update(
             return Verdict(answer.state, answer.reason, answer.message)
         offset = answer.committed_bytes
     parts = _parts(update, state.update_path, offset, progress)
-    call = stub.PushUpdate.future(parts, timeout=_STREAM_SECONDS)
+    call = stub.PushUpdate.future(parts, timeout=_STREAM_SECONDS)  # type: ignore[arg-type]  # see work_stub
     with stop.ending(call):
         response = call.result()
     return Verdict(response.state, response.reason, response.message)
@@ -222,7 +221,7 @@ def push_update(
 
 def _parts(
     update: StoredUpdate, path: Path, offset: int, progress: Progress
-) -> Iterator[coordinator_pb2.PushUpdateRequest]:
+) -> Iterator[Chunk | coordinator_pb2.PushUpdateRequest]:
     digest = Digest.parse(update.digest)
     message = to_proto(digest)
     yield coordinator_pb2.PushUpdateRequest(
@@ -240,7 +239,7 @@ def _parts(
     )
     size = min(MAX_CHUNK_BYTES, update.max_chunk_bytes or MAX_CHUNK_BYTES)
     for position, data in file_chunks(path, offset, size):
-        yield coordinator_pb2.PushUpdateRequest(chunk=coordinator_pb2.Chunk(offset=position, data=data))
+        yield Chunk(position, data)
         progress(position + len(data), digest.size)
     yield coordinator_pb2.PushUpdateRequest(trailer=coordinator_pb2.Trailer(digest=message))
 

@@ -144,7 +144,7 @@ class FakeStream:
     closed: int = 0
     busy: bool = False
 
-    async def chunk(self, offset: int, data: bytes) -> None:
+    async def chunk(self, offset: int, data: bytes | memoryview) -> None:
         assert not self.busy
         assert offset == len(self.stored)
         self.busy = True

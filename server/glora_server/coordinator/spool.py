@@ -21,7 +21,7 @@ class Spool:
     hash: Hasher
     size: int
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Append; raises OSError when the disk does not take it."""
         self.hash.update(data)
         view = memoryview(data)

@@ -128,7 +128,7 @@ class UploadSession:
         path = self._service.workspace.partial(self.assignment.id, self._header.digest)
         self._spool = open_spool(path, self._header.digest, self._header.offset)
 
-    async def chunk(self, offset: int, data: bytes) -> None:
+    async def chunk(self, offset: int, data: bytes | memoryview) -> None:
         """Store the next bytes; raises OFFSET_INVALID, UPLOAD_TOO_LARGE, STORAGE_FULL, or why it was ended."""
         async with self.idle:
             spool = self._open_spool()

@@ -8,8 +8,10 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
+import grpc
+import grpc.aio
 from typing_extensions import override
 
 from glora.v1 import coordinator_pb2, coordinator_pb2_grpc
@@ -21,10 +23,31 @@ from glora_server.rpc.edge import Context, Edge
 from glora_server.rpc.polls import Polls
 from glora_server.rpc.services import RpcObserver, RpcSettings, UseCases
 from glora_server.rpc.transfers import Download, Guard, Incoming, Part
+from glora_wire.chunks import pack_part, unpacker
 
+SERVICE: Final = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
 _READERS: Final = 4
 _ANSWER_SECONDS: Final = 1.0
 """Kept of a caller's deadline for the answer to a long poll."""
+
+
+def register(servicer: CoordinatorServicer, server: grpc.aio.Server) -> None:
+    """Let the server answer with the servicer; what carries payloads is read and written without protobuf."""
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server)
+    transfers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        "PullAdapter": grpc.unary_stream_rpc_method_handler(
+            servicer.PullAdapter,
+            request_deserializer=coordinator_pb2.PullAdapterRequest.FromString,
+            response_serializer=pack_part,
+        ),
+        "PushUpdate": grpc.stream_unary_rpc_method_handler(
+            servicer.PushUpdate,
+            request_deserializer=unpacker(coordinator_pb2.PushUpdateRequest),
+            response_serializer=coordinator_pb2.PushUpdateResponse.SerializeToString,
+        ),
+    }
+    # Of two handlers of one method that were registered, the last one stays.
+    server.add_registered_method_handlers(SERVICE, transfers)
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):

@@ -15,15 +15,14 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from grpc_health.v1.health import aio as health_aio  # type: ignore[import-untyped]  # no py.typed
 from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # no py.typed
 
-from glora.v1 import coordinator_pb2, coordinator_pb2_grpc, enrolment_pb2, enrolment_pb2_grpc
+from glora.v1 import enrolment_pb2, enrolment_pb2_grpc
 from glora_server.rpc.binding import check_free, in_use, target
-from glora_server.rpc.coordinator_servicer import CoordinatorServicer
+from glora_server.rpc.coordinator_servicer import SERVICE, CoordinatorServicer, register
 from glora_server.rpc.edge import Edge
 from glora_server.rpc.enrolment_servicer import EnrolmentServicer, RenewalServicer
 from glora_server.rpc.polls import Polls
 from glora_server.rpc.services import PeerLimit, RpcObserver, RpcSettings, ServerIdentity, UseCases
 
-_COORDINATOR: Final = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
 _ENROLMENT: Final = enrolment_pb2.DESCRIPTOR.services_by_name["EnrolmentService"].full_name
 _OPTIONS: Final = (
     # Two servers must not share a port in silence.
@@ -101,10 +100,10 @@ class GrpcServers:
         self._servicer = CoordinatorServicer(
             use_cases, self._edge, self._polls, settings=self._settings, observer=self._observer
         )
-        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(self._servicer, server)
+        register(self._servicer, server)
         renewal = RenewalServicer(use_cases.enrolment, self._edge)
         enrolment_pb2_grpc.add_EnrolmentServiceServicer_to_server(renewal, server)
-        return _COORDINATOR, _ENROLMENT
+        return SERVICE, _ENROLMENT
 
     def _joining(self, server: grpc.aio.Server) -> tuple[str, ...]:
         """Register what anyone may call; the names of the services."""

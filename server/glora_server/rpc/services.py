@@ -75,7 +75,7 @@ class DeviceUseCases(Protocol):
 class UploadStream(Protocol):
     """One stream of an update on its way in."""
 
-    async def chunk(self, offset: int, data: bytes) -> None:
+    async def chunk(self, offset: int, data: bytes | memoryview) -> None:
         """Store `data` at `offset`; never called again before it returned."""
         ...
 

@@ -17,6 +17,7 @@ from glora_server.rpc import requests
 from glora_server.rpc.edge import Context, Edge
 from glora_server.rpc.services import UploadStream
 from glora_wire import digests
+from glora_wire.chunks import Chunk
 from glora_wire.errors import GloraError, Reason
 from glora_wire.streams import MAX_CHUNK_BYTES, StreamAssembler
 
@@ -24,7 +25,7 @@ _CHECK_SECONDS: Final = 1.0
 """A transfer asks this often whether its device may still work."""
 
 T = TypeVar("T")
-Part = coordinator_pb2.PushUpdateRequest
+Part = Chunk | coordinator_pb2.PushUpdateRequest
 Counter = Callable[[int], None]
 """Told the length of every chunk that went through."""
 
@@ -77,13 +78,10 @@ class Download:
         if len(data) < wanted:
             raise RuntimeError(f"an adapter ends after {position + len(data)} of {order.digest.size} bytes")
         order.chunk(position, len(data))
-        # Filled in place: a message that is put into another one is copied.
-        part = coordinator_pb2.PullAdapterResponse()
-        part.chunk.offset, part.chunk.data = position, data
-        await self._write(part)
+        await self._write(Chunk(position, data))
         sent(len(data))
 
-    async def _write(self, message: coordinator_pb2.PullAdapterResponse) -> None:
+    async def _write(self, message: Chunk | coordinator_pb2.PullAdapterResponse) -> None:
         async with _within(self._stall_seconds, "The device took nothing"):
             await self._context.write(message)
 
@@ -110,11 +108,11 @@ class Incoming:
     async def header(self) -> coordinator_pb2.PushHeader:
         """The first part; raises STREAM_MALFORMED when it is no header."""
         part = await self._next()
-        if part is None or part.WhichOneof("part") != "header":
+        if part is None or isinstance(part, Chunk) or part.WhichOneof("part") != "header":
+            found = "nothing" if part is None else "a chunk" if isinstance(part, Chunk) else part.WhichOneof("part")
             raise GloraError(
                 Reason.STREAM_MALFORMED,
-                f"The stream began with {part.WhichOneof('part') or 'an empty part' if part else 'nothing'}; "
-                "it must begin with a header.",
+                f"The stream began with {found or 'an empty part'}; it must begin with a header.",
             )
         return part.header
 
@@ -126,13 +124,13 @@ class Incoming:
         order = StreamAssembler()
         order.header(header.digest, header.offset)
         while (part := await self._next()) is not None:
+            if isinstance(part, Chunk):
+                order.chunk(part.offset, len(part.data))
+                await self._guard.check()
+                received(len(part.data))  # first, for a stream may end while its chunk is on the way to the disk
+                await session.chunk(part.offset, part.data)
+                continue
             match part.WhichOneof("part"):
-                case "chunk":
-                    data = part.chunk.data
-                    order.chunk(part.chunk.offset, len(data))
-                    await self._guard.check()
-                    received(len(data))  # first, for a stream may end while its chunk is on the way to the disk
-                    await session.chunk(part.chunk.offset, data)
                 case "trailer":
                     order.trailer(requests.trailer_digest(part.trailer))
                     await self._guard.check_now()
