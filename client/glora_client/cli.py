@@ -121,7 +121,9 @@ def run(
         from glora_client.channel import Stop  # noqa: PLC0415
         from glora_client.state import default_folder  # noqa: PLC0415
         from glora_client.view import make_view  # noqa: PLC0415
+        from glora_wire.buffers import keep_buffers  # noqa: PLC0415
 
+        keep_buffers(arenas=1)
         if quantization not in {"none", "int8", "nf4"}:
             raise GloraError(Reason.CONFIG_INVALID, f"--quantization {quantization!r} is not one of none, int8, nf4.")
         options = AgentOptions(

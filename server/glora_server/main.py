@@ -50,7 +50,6 @@ from glora_server.coordinator.views_history import DeviceCounts
 from glora_server.coordinator.workspace import Workspace
 from glora_server.engines.local import LocalEngine
 from glora_server.http_server import TlsFiles, address, first_password, listen, serving
-from glora_server.memory import keep_buffers
 from glora_server.rounds.run import RunPhase
 from glora_server.rpc.server import GrpcServers
 from glora_server.rpc.services import RpcSettings, UseCases
@@ -63,11 +62,14 @@ from glora_server.storage.blobs import FsspecBlobs
 from glora_server.storage.store import SqlStore
 from glora_server.telemetry.logging import configure_logging
 from glora_server.telemetry.metrics import Metrics
+from glora_wire.buffers import keep_buffers
 from glora_wire.errors import GloraError
 
 log = structlog.get_logger(__name__)
 
 _LOOK_AT_CERTIFICATE_SECONDS: Final = 86400.0
+_ARENAS: Final = 2
+"""Heaps that all threads share; with one for each, eight devices that send 67 MB raised the peak by another 70 MB."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -390,7 +392,7 @@ def _show_first_password(url: str, password: str) -> None:
 def serve(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM; raises GloraError when the server cannot start."""
     configure_logging(settings.log.format, settings.log.level)
-    keep_buffers()
+    keep_buffers(arenas=_ARENAS)
     prepare_data_dir(settings.data_dir)
     _load_pages(settings.data_dir)
     asyncio.run(_serve(settings))

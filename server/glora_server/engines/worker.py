@@ -30,7 +30,7 @@ from glora_server.engines.protocol import (
     ListStrategies,
     Result,
 )
-from glora_server.memory import keep_buffers
+from glora_wire.buffers import keep_buffers
 from glora_wire.errors import GloraError, Reason
 
 if TYPE_CHECKING:
