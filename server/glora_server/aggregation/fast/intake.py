@@ -22,17 +22,17 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from glora_server.aggregation.factors import ClientUpdate, core_svd
+from glora_server.aggregation.factors import ClientUpdate
 from glora_server.aggregation.fast.cores import RESOLUTION, Batch, Cores, Grams, Tail, measured
 from glora_server.aggregation.fast.devices import Devices, Listed, Units
 from glora_server.aggregation.fast.sizes import Sizes, frobenius_sizes, spectral_sizes
 from glora_server.aggregation.fast.stacked import Stacked
+from glora_server.aggregation.fast.tails import tail_of
 from glora_server.aggregation.frame import Block
 from glora_server.aggregation.rules import Rule, SentAdapters, sent_adapters
 from glora_server.aggregation.state import LayerState
 from glora_server.aggregation.subspace import Subspace, Voting
 
-_TAIL_ROUNDING = 1e-7
 _PRECISE_BELOW = 1e-6
 _PLAIN_ABOVE = 1.0 / 64
 _PLAIN_NORMS = 1e-12, 1e12
@@ -189,27 +189,9 @@ def _sent_scale(module: ModuleRound, client: int) -> float:
 
 
 def _tail(rule: VoteRule, modules: Sequence[ModuleRound], block: int | None, scales: Sequence[float]) -> Tail:
-    """S − η·sent, cut to what is more than float32 rounding of its terms."""
-    adapters = [_sent_block(module, block) for module in modules]
-    gains = [rule.step * scale for scale in scales]
-    sides = [
-        _sides(None if rule.rule is Rule.REPLACE else module.held, adapter, gain)
-        for module, adapter, gain in zip(modules, adapters, gains, strict=True)
-    ]
-    left, right = _padded([side[0] for side in sides]), _padded([side[1] for side in sides])
-    found = core_svd(left, right)
-    terms = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
-    largest = terms.amax(dim=1, keepdim=True) if terms.shape[1] else terms
-    alive = found.sigma > _TAIL_ROUNDING * largest
-    keep = int(alive.sum(dim=1).max()) if terms.shape[1] else 0
-    return Tail(
-        u=(found.u * alive[:, None])[..., :keep],
-        sigma=(found.sigma * alive)[:, :keep],
-        v=(found.v * alive[:, None])[..., :keep],
-        sent_b=torch.stack([adapter.left for adapter in adapters]),
-        sent_a=torch.stack([adapter.right for adapter in adapters]),
-        sent_gain=torch.tensor(gains, dtype=torch.float64, device=left.device),
-    )
+    """S − η·sent of each module."""
+    states = [None if rule.rule is Rule.REPLACE else module.held for module in modules]
+    return tail_of(states, [_sent_block(module, block) for module in modules], [rule.step * scale for scale in scales])
 
 
 def _sent_block(module: ModuleRound, block: int | None) -> Block:
@@ -217,21 +199,6 @@ def _sent_block(module: ModuleRound, block: int | None) -> Block:
     if module.sent is None or block is None:
         return Block(left=first.b[:, :0], right=first.a[:0])
     return module.sent.blocks[block]
-
-
-def _sides(state: LayerState | None, sent: Block, gain: float) -> tuple[Tensor, Tensor]:
-    """L (d×k) and R (n×k) with S − gain·sent = LRᵀ."""
-    lefts, rights = [sent.left.double() * -gain], [sent.right.double().mT]
-    if state is not None:
-        lefts.append(state.u.double())
-        rights.append(state.a.double().mT)
-    return torch.cat(lefts, dim=1), torch.cat(rights, dim=1)
-
-
-def _padded(parts: Sequence[Tensor]) -> Tensor:
-    """The matrices along a new first dimension, with zero columns where one is narrower."""
-    widest = max(part.shape[1] for part in parts)
-    return torch.stack([torch.nn.functional.pad(part, (0, widest - part.shape[1])) for part in parts])
 
 
 def _batch(tail: Tail, modules: Sequence[ModuleRound], clients: Sequence[int], step: float, *, stack: bool) -> Batch:
