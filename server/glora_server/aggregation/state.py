@@ -110,8 +110,8 @@ def state_from_svd(
         )
     keep = min(rank, numerical_rank(found.sigma, tolerance=tolerance, floor=max(floor, limits.tiny)))
     u, sigma, v = found.u[:, :keep], found.sigma[:keep], found.v[:, :keep]
-    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True)) if keep else u[:1]
-    sign = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+    low, high = (u.amin(dim=0), u.amax(dim=0)) if keep else (u[0], u[0])
+    sign = torch.where(high >= -low, 1.0, -1.0).to(u.dtype)
     return LayerState(
         u=(u * sign).to(dtype).contiguous(),
         a=((v * sign * sigma).mT).to(dtype).contiguous(),

@@ -29,29 +29,23 @@ _BAD_GAUGE = 100.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tail:
-    """T_k = u·diag(sigma)·vᵀ (M×d×c, M×c, M×n×c, float64; c may be 0) and what these devices were sent.
+    """T_k = u·diag(sigma)·vt (M×d×c, M×c, M×c×n, float64; c may be 0) and what these devices were sent.
 
-    That is sent_gain·sent_b·sent_a (M, M×d×q, M×q×n), sent_gain its scale·η.
+    That is sent_gain·sent_b·sent_a (M, M×d×q, M×q×n), sent_gain its scale·η; `sent_square` is ‖η·sent‖_F² (M).
     """
 
     u: Tensor
     sigma: Tensor
-    v: Tensor
+    vt: Tensor
     sent_b: Tensor
     sent_a: Tensor
     sent_gain: Tensor
+    sent_square: Tensor
 
     @property
     def width(self) -> int:
         """c."""
         return self.sigma.shape[1]
-
-    @property
-    def sent_square(self) -> Tensor:
-        """‖η·sent‖_F² (M)."""
-        left, right = self.sent_b.double(), self.sent_a.double()
-        inner = ((left.mT @ left) * (right @ right.mT)).sum(dim=(1, 2))
-        return inner * self.sent_gain.square()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +162,7 @@ def _inverse_factor(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 def measured(batch: Batch) -> tuple[Batch, Grams, Cores]:
     """Grams and cores of the devices, and the batch with the bad gauges among them refactored."""
-    left, right = _against(batch)
-    grams = _grams(batch.devices.products(left, right), batch.tail)
+    grams = _grams(batch.devices.products(*_against(batch, torch.float32)), batch.tail)
     cores = _cores(batch, grams)
     doubtful = _places(~cores.trusted(batch.gain))
     if doubtful[0].numel():
@@ -201,10 +194,10 @@ def _refactored(devices: Devices, places: tuple[Tensor, Tensor]) -> Devices:
 
 def _precisely(batch: Batch, places: tuple[Tensor, Tensor]) -> Grams:
     """Float64 sums for some devices, a few at a time."""
-    left, right = _against(batch)
+    left, right = _against(batch, torch.float64)
     modules, members = _as_lists(places)
     sizes, parts = batch.devices.shape, []
-    for part in chunks(len(members), max(sizes.d, sizes.n) * (sizes.rank + left.shape[2])):
+    for part in chunks(len(members), max(sizes.d, sizes.n) * (sizes.rank + left.shape[1])):
         b, a = batch.devices.picked(modules[part], members[part])
         parts.append(products_of(b.double(), a.double(), left[modules[part]], right[modules[part]]))
     joined = Products(
@@ -226,12 +219,12 @@ def _as_lists(places: tuple[Tensor, Tensor]) -> tuple[list[int], list[int]]:
     return places[0].tolist(), places[1].tolist()
 
 
-def _against(batch: Batch) -> tuple[Tensor, Tensor]:
-    """[U_T B_0] and [V_T A_0ᵀ Ω], float64: what every device is compared with."""
+def _against(batch: Batch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[U_T B_0]ᵀ and [V_T A_0ᵀ Ω]ᵀ: what every device is compared with."""
     tail = batch.tail
-    omega = probes(batch.devices.shape, tail.v.device).double()
-    left = torch.cat([tail.u, tail.sent_b.double()], dim=2)
-    return left, torch.cat([tail.v, tail.sent_a.double().mT, omega], dim=2)
+    omega = probes(batch.devices.shape, tail.vt.device).mT
+    left = torch.cat([tail.u.mT.to(dtype), tail.sent_b.mT.to(dtype)], dim=1)
+    return left, torch.cat([tail.vt.to(dtype), tail.sent_a.to(dtype), omega.to(dtype)], dim=1)
 
 
 def _grams(found: Products, tail: Tail) -> Grams:

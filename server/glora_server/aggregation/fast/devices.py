@@ -36,7 +36,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Products:
-    """BᵀB, AAᵀ (M×m×r×r), LᵀB (M×m×p×r), RᵀAᵀ (M×m×q×r) for given L and R.
+    """BᵀB, AAᵀ (M×m×r×r), LB (M×m×p×r), RAᵀ (M×m×q×r) for given rows L and R.
 
     Of chosen devices, their number stands in place of M×m.
     """
@@ -83,7 +83,7 @@ class Devices(Protocol):
         ...
 
     def products(self, left: Tensor, right: Tensor) -> Products:
-        """Of all devices, summed in float32, for left (M×d×p), right (M×n×q)."""
+        """Of all devices, summed in float32, for rows L (M×p×d) and R (M×q×n), float32."""
         ...
 
     def picked(self, modules: Sequence[int], devices: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -114,8 +114,8 @@ class Devices(Protocol):
 
 
 def products_of(b: Tensor, a: Tensor, left: Tensor, right: Tensor) -> Products:
-    """Of q devices with their own left (q×d×p) and right (q×n×p), in the dtype given."""
-    return Products(b=b.mT @ b, a=a @ a.mT, left=left.mT @ b, right=right.mT @ a.mT)
+    """Of q devices with their own left (q×p×d) and right (q×p×n), in the dtype given."""
+    return Products(b=b.mT @ b, a=a @ a.mT, left=left @ b, right=right @ a.mT)
 
 
 def chunks(count: int, values: int) -> list[slice]:
@@ -156,8 +156,8 @@ class Listed:
         return Products(
             b=own[:1],
             a=own[1:],
-            left=self.onto(left.mT.float()) if left.shape[2] else none,
-            right=self.seen(right.mT.float()).mT if right.shape[2] else none,
+            left=self.onto(left) if left.shape[1] else none,
+            right=self.seen(right).mT if right.shape[1] else none,
         )
 
     def picked(self, modules: Sequence[int], devices: Sequence[int]) -> tuple[Tensor, Tensor]:  # noqa: ARG002 (one)

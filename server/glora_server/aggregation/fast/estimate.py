@@ -37,7 +37,7 @@ def estimated_diagnostics(
     rank: int,
 ) -> Diagnostics:
     """The record of a round whose new model is `model`, all of which `new` keeps; nobody votes."""
-    survey = _survey(updates, weights, model.u[:, : new.rank])
+    survey = _survey(updates, weights, model.u[:, : new.rank].float())
     target = model.sigma[: new.rank, None] * model.v[:, : new.rank].mT
     inside = survey.folded.inside[0].to(target.dtype)
     norm = math.hypot(_norm(inside), survey.lost[0])

@@ -91,9 +91,9 @@ def _states(groups: Sequence[Group], basis: Tensor, inside: Tensor, *, rank: int
     wide = inside.double()
     turn = torch.linalg.eigh(wide @ wide.mT).eigenvectors.flip(2).float()
     turned = turn.mT @ inside
-    sigma = torch.linalg.vector_norm(turned, dim=2, dtype=torch.float64).float()  # whose squares float32 may lack
+    sigma = turned.double().square().sum(dim=2).sqrt().float()  # float32 may lack the squares
     v = (turned / sigma.clamp(min=torch.finfo(sigma.dtype).tiny)[..., None]).mT
-    u = basis.float() @ turn
+    u = basis @ turn
     floors = sum((_ROUNDING * group.magnitude for group in groups), sigma.new_zeros(sigma.shape[0])).tolist()
     return [
         state_from_svd(

@@ -175,10 +175,9 @@ class SharedTail:
     """p_kT_k of a group in float32, p_k the weight of its devices, times a factor for each module."""
 
     def __init__(self, group: Group, factor: Tensor | float = 1.0) -> None:
-        tail = group.tail
-        weight = (group.batch.share.sum(dim=1) * factor)[:, None, None]
-        self.u = tail.u.float()
-        self._right = ((tail.v * tail.sigma[:, None]).mT * weight).float()
+        weight = group.batch.share.sum(dim=1) * factor
+        self.u = group.tail.u.float()
+        self._right = (group.tail.vt * (group.tail.sigma * weight[:, None])[..., None]).float()
 
     def onto(self, rows: Tensor) -> Tensor:
         """rows·p_kT_k (M×k×n) for rows M×k×d."""

@@ -21,4 +21,4 @@ def gaussian(rows: int, columns: int, *, seed: int) -> Tensor:
 
 def probes(sizes: Shape, device: torch.device) -> Tensor:
     """Ω (n×k), k = 16, float32, for each module: the columns on which uploads are looked at; not to be written to."""
-    return gaussian(sizes.n, PROBES, seed=1).to(device).expand(sizes.modules, -1, -1)
+    return gaussian(PROBES, sizes.n, seed=1).to(device).expand(sizes.modules, -1, -1).mT

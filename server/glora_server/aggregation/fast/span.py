@@ -1,6 +1,7 @@
 r"""The leading R eigenvectors of K.
 
-Few columns (n = Σc + Σr small): all of K in the coordinates of F = [U_T … E_1 … E_m], from FᵀF in float64; exact.
+Few columns (n = Σc + Σr small): all of K in the coordinates of F = [U_T … E_1 … E_m], from FᵀF, which is float32
+where F is so well-conditioned that this costs Σθ no more than 0.3 %, and else float64.
 Many: block Krylov. From an orthonormal start V_0 (the last U_ref and K times random columns, or these alone)
 :math:`V_{j+1} = \mathrm{orth}((I - VV^\top)KV_j)`, each K·V_j in reduced precision, until little is left to gain for
 the sum of the R largest Ritz values :math:`\theta = \mathrm{eig}(V^\top KV)`; then one more step that ends in float32,
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glora_server.aggregation.fast.cores import Beyond
 from glora_server.aggregation.fast.intake import Group
 from glora_server.aggregation.fast.operator import MeanOperator, Operator, VoteOperator, probed_sum
 from glora_server.aggregation.fast.probes import gaussian
@@ -44,13 +46,15 @@ _SQUARED_ROUNDING = {torch.float32: 1e-6, torch.float64: 1e-8}
 """Squared size, relative to the largest, below which a direction is dropped: 32 of them are worth 0.3 % in float64."""
 _PLAIN = {torch.float32: 0.1, torch.float64: 1e-6}
 """Squared size of the smallest direction, relative to the largest, above which one pass leaves 1e-6 at most."""
+_WELL_CONDITIONED = 1e-4
+"""Squared size of the smallest direction of columns of norm one, of which rounding to float32 is a thousandth."""
 _LOW_ROUNDING = 2.0**-12
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """`basis` (M×d×R, float64: orthonormal columns, then zero ones where no more was found).
+    """`basis` (M×d×R, float32: orthonormal columns, then zero ones where no more was found).
 
     `spectrum` (M×…): the falling eigenvalues found, one beyond R where K has it; `probed` (M×d×k): the mean of the
     uploads on the probes, Σp_if_iB_iA_iΩ, which rides along with the last product; `whole`: whether columns that are
@@ -91,7 +95,7 @@ def leading(
     coefficients, values = _Krylov(operator, rank, floor=floor).run(start)
     image, probed = operator.finished(coefficients, [group.weighted_probes for group in groups])
     basis = _orthonormal_image(image)
-    whole = tuple(basis.any(dim=1).all(dim=1).tolist())
+    whole = tuple((basis.square().sum(dim=1) > 0).all(dim=1).tolist())
     return Span(basis=basis, spectrum=values * operator.unit[:, None], probed=probed, whole=whole)
 
 
@@ -255,38 +259,55 @@ def _inverse_roots(values: Tensor, vectors: Tensor, least: Tensor) -> Tensor:
 
 
 def _orthonormal_image(image: Tensor) -> Tensor:
-    """Orthonormal basis (M×d×R, float64) of the columns, zero columns last."""
+    """Orthonormal basis (M×d×R, float32) of the columns, zero columns last; its rounding is that of float32."""
     wide = image.double()
     values, vectors = torch.linalg.eigh(wide.mT @ wide)
-    basis: Tensor = wide @ _inverse_roots(values, vectors, 1e-13 * values[:, -1:])
-    return basis.flip(2)
+    basis: Tensor = wide @ _inverse_roots(values, vectors, 1e-13 * values[:, -1:]).flip(2)
+    return basis.float()
 
 
 def _by_gram(groups: Sequence[Group], subspace: Subspace, rank: int) -> Span:
-    frame = _frame(groups)
     core = _mean_core(groups) if subspace is Subspace.MEAN else _vote_core(groups)
-    gram = frame.mT @ frame
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
-    norms = torch.where(norms > 0, norms, 1.0)
-    scales = norms[..., None] * norms[:, None]
-    squares, turn = torch.linalg.eigh(gram / scales)
-    alive = squares > 1e-13 * squares[:, -1:]
-    root = torch.where(alive, squares, 0.0).sqrt()
-    inside = root[..., None] * (turn.mT @ (core * scales) @ turn) * root[:, None]
+    frame, norms, coordinates = _decomposed(groups)
+    inside = coordinates.fold @ (core * (norms[..., None] * norms[:, None])) @ coordinates.fold.mT
     values, ritz = torch.linalg.eigh((inside + inside.mT) / 2)
     values, ritz = values.flip(1).clamp(min=0), ritz.flip(2)[..., :rank]
     ritz = ritz * (values[:, :rank] > 1e-13 * values[:, :1])[:, None]
-    back = _inverse_roots(squares, turn, 1e-13 * squares[:, -1:]) @ ritz
+    found = frame @ (coordinates.lift @ ritz / norms[..., None]).to(frame.dtype)
     whole = (True,) * groups[0].devices.shape.modules
-    return Span(basis=frame @ (back / norms[..., None]), spectrum=values, probed=probed_sum(groups), whole=whole)
+    return Span(basis=_polished(found), spectrum=values, probed=probed_sum(groups), whole=whole)
 
 
-def _frame(groups: Sequence[Group]) -> Tensor:
-    """F (M×d×n), float64, group by group: U_T, then the E_i."""
+def _decomposed(groups: Sequence[Group]) -> tuple[Tensor, Tensor, Beyond]:
+    """F, its columns' norms, and the coordinates of F's columns over these."""
+    for dtype in (torch.float32, torch.float64):
+        frame = _frame(groups, dtype)
+        gram = times_transposed(frame.mT, frame.mT).double()
+        norms = gram.diagonal(dim1=-2, dim2=-1).sqrt()
+        norms = torch.where(norms > 0, norms, 1.0)
+        coordinates = Beyond.of(gram / (norms[..., None] * norms[:, None]))
+        if bool((coordinates.least > _WELL_CONDITIONED).all()):
+            break
+    return frame, norms, coordinates
+
+
+def _polished(basis: Tensor) -> Tensor:
+    """The columns, which are nearly orthonormal, or zero, orthonormal in float32.
+
+    By one step of the iteration of Björck and Bowie, from a float64 Gram matrix.
+    """
+    wide = basis.double()
+    gram = wide.mT @ wide
+    polished: Tensor = basis.float() @ (1.5 * torch.eye(gram.shape[1], device=gram.device) - 0.5 * gram).float()
+    return polished
+
+
+def _frame(groups: Sequence[Group], dtype: torch.dtype) -> Tensor:
+    """F (M×d×n), group by group: U_T, then the E_i."""
     parts = []
     for group in groups:
-        columns = group.devices.columns(group.units, torch.float64, keep=True)
-        parts += [group.tail.u, *(block for _, block in columns.blocks())]
+        columns = group.devices.columns(group.units, dtype, keep=True)
+        parts += [group.tail.u.to(dtype), *(block for _, block in columns.blocks())]
     parts = [part for part in parts if part.shape[2]]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
@@ -317,7 +338,7 @@ def _mean_core(groups: Sequence[Group]) -> Tensor:
         weighted = group.weights * _right_factors(group)
         on_tail = torch.where(plain, 0.0, group.cross @ weighted).sum(dim=1)
         own = torch.where(plain, weighted, group.fold() @ weighted)
-        parts += [(tail.v * tail.sigma[:, None]).mT * share + on_tail, own.flatten(1, 2)]
+        parts += [tail.vt * (tail.sigma[..., None] * share) + on_tail, own.flatten(1, 2)]
     right = torch.cat(parts, dim=1)
     core: Tensor = right @ right.mT
     return core

@@ -32,7 +32,7 @@ class Stacked:
 
     def products(self, left: Tensor, right: Tensor) -> Products:
         """See `Devices`."""
-        return products_of(self.b, self.a, left.float()[:, None], right.float()[:, None])
+        return products_of(self.b, self.a, left[:, None], right[:, None])
 
     def picked(self, modules: Sequence[int], devices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """See `Devices`."""

@@ -74,9 +74,8 @@ def images(groups: Sequence[Group], rule: VoteRule, raw: Tensor) -> Images:
 
 def fold(groups: Sequence[Group], basis: Tensor, probed: Images) -> Folded:
     """The last pass over all factors: UᵀM, and what the diagnostics need of it."""
-    narrow = basis.float()
-    rows = torch.cat([narrow, *probed.distinct], dim=2).mT.contiguous()
-    inside, k = narrow.new_zeros(()), narrow.shape[2]
+    rows = torch.cat([basis, *probed.distinct], dim=2).mT.contiguous()
+    inside, k = basis.new_zeros(()), basis.shape[2]
     projected, others = [], []
     for group, tail in zip(groups, shared_tails(groups), strict=True):
         onto = group.devices.onto(rows)
@@ -114,7 +113,7 @@ class Survey:
         spectrum, mean_norm = self.spectrum[position].tolist(), math.hypot(inside, outside)
         return Diagnostics(
             eigenvalues=tuple(spectrum[:rank]),
-            eigengap=eigengap(spectrum, int(self.basis[position].any(dim=0).sum())),
+            eigengap=eigengap(spectrum, int((self.basis[position].square().sum(dim=0) > 0).sum())),
             sigma=tuple(new.sigma.tolist()),
             mean_norm=mean_norm,
             captured_energy=(inside / mean_norm) ** 2 if mean_norm else 1.0,
@@ -128,8 +127,7 @@ class Survey:
     @cached_property
     def lost(self) -> list[float]:
         """‖(I − P)M‖_F of each module, estimated."""
-        narrow = self.basis.float()
-        rest = self.images.mean - narrow @ (narrow.mT @ self.images.mean)
+        rest = self.images.mean - self.basis @ (self.basis.mT @ self.images.mean)
         norms: list[float] = (torch.linalg.matrix_norm(rest.double()) / math.sqrt(PROBES)).tolist()
         return norms
 
