@@ -119,6 +119,11 @@ class JointFrame:
         ends = torch.tensor([block.left.shape[1] for block in blocks]).cumsum(0).tolist()
         self._spans = [slice(end - block.left.shape[1], end) for end, block in zip(ends, blocks, strict=True)]
 
+    def columns(self, block: int) -> tuple[Tensor, Tensor]:
+        """Left (q_L×k) and right (q_R×k) columns of a block in coordinates; not to be written to."""
+        span = self._spans[block]
+        return self._left.columns[:, span], self._right.columns[:, span]
+
     def coordinates(self, combination: Combination) -> Coordinates:
         """The combination in coordinates; O(q) per column."""
         left, right = self._left.columns, self._right.columns

@@ -31,8 +31,10 @@ import torch
 from torch import Tensor
 
 from glora_server.aggregation.diagnostics import eigengap
+from glora_server.aggregation.eigen import gram_of_rows, leading_eigen
 from glora_server.aggregation.factors import EPS, numerical_rank, svd
 from glora_server.aggregation.frame import rounding_floor
+from glora_server.aggregation.reveal import Revealed, reveal
 from glora_server.aggregation.rules import ClientNorms, RoundTerms
 
 _LARGE = 128
@@ -65,49 +67,6 @@ class Consensus:
     def eigengap(self) -> float:
         """λ_m − λ_{m+1}: how clearly the basis ends where it does."""
         return eigengap(self.spectrum.tolist(), self.basis.shape[1])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Revealed:
-    """Left singular vectors (q×ρ_i) and values of what a client vouches for, and how large all that it said is."""
-
-    u: Tensor
-    sigma: Tensor
-    norms: ClientNorms
-
-
-def reveal(terms: RoundTerms, rank_tol: float) -> tuple[Revealed, ...]:
-    r"""Each X_i cut to the directions that its device vouches for, and ‖ΔW_i‖ and ‖D_i‖, which that finds on its way.
-
-    Rounding to the wire dtype perturbs an upload by about rank_tol relative to the *terms* of X_i = S + D_i, and
-    when S and sent_i cancel that noise stays behind as directions with tiny σ, each of which would have a full vote
-    in the projector. A direction counts if
-
-    .. math:: \sigma_j(X_i) > \max(\min(\tau \cdot m_i,\ \sigma_1(D_i)),\ \varepsilon_i),\quad
-              m_i = \max(\sigma_1(X_i), \sigma_1(S), \sigma_1(D_i), \sigma_1(\eta\Delta W_i)).
-
-    By Weyl's inequality a direction that only D_i holds has σ ≤ σ_1(D_i); so where a device changed less than the
-    tolerance, its change has no vote but every direction of S stronger than the change keeps its own: an adapter
-    that comes back untouched votes for all of S, however coarse the wire. With S = 0 this is the plain σ_j > τσ_1.
-    ε_i is the rounding of float64 itself.
-    """
-    frame = terms.frame
-    base_norm, _ = frame.coordinates(terms.base).norms()
-    revealed = []
-    for client, change in enumerate(terms.changes):
-        said = terms.said(client)
-        u, sigma = frame.coordinates(said).left_svd()
-        top, norm = float(sigma[0]), float(torch.linalg.vector_norm(sigma))
-        changed, terms_norm, own_norm = top, top, norm
-        if terms.base or len(change) > 1:
-            changed, norm = frame.coordinates(change).norms()
-            own, own_norm = (changed, norm) if len(change) == 1 else frame.coordinates(change[:1]).norms()
-            terms_norm = max(top, changed, base_norm, own)
-        floor = max(min(rank_tol * terms_norm, changed), rounding_floor(frame.magnitude(said)))
-        keep = numerical_rank(sigma, tolerance=0.0, floor=floor)
-        norms = terms.norms(client, step=own_norm, change=norm)
-        revealed.append(Revealed(u=u[:, :keep], sigma=sigma[:keep], norms=norms))
-    return tuple(revealed)
 
 
 def energy_rank(sigma: Tensor, energy: float) -> int:
@@ -160,8 +119,8 @@ def _by_eigh(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Eigenvectors are as good, for the gap that matters is that of K; what is lost are directions below q·1e-16 of all
     votes, so this is not for energies, whose range is that of σ².
     """
-    values, vectors = torch.linalg.eigh(stack @ stack.mT)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    values, vectors = leading_eigen(gram_of_rows(stack), rank)
+    values = values.clamp(min=0)
     keep = min(rank, numerical_rank(values, tolerance=stack.shape[0] * EPS))
     return vectors[:, :keep], values
 
@@ -173,14 +132,28 @@ def _by_rank(weights: Sequence[float], votes: Sequence[int]) -> tuple[float, ...
 
 
 def _stack(voting: Voting, clients: Sequence[Revealed], weights: Sequence[float]) -> Tensor:
-    """Z (q×Σρ)."""
-    return torch.cat(
-        [
-            client.u * (math.sqrt(weight) * _root_votes(voting.subspace, client.sigma, voting.ridge_tau))
-            for client, weight in zip(clients, weights, strict=True)
-        ],
-        dim=1,
-    )
+    """Z (q×…) with K = ZZᵀ.
+
+    Of what a client says in the columns that it shares with others and of what is beyond, the latter has no more than r
+    directions: turned so that the rest is in shared columns alone, that rest is added up there.
+    """
+    parts, shared = [clients[0].own[:, :0]], dict[int, tuple[Tensor, list[Tensor]]]()
+    for client, weight in zip(clients, weights, strict=True):
+        c, votes = client.shared.shape[1], client.sigma.numel()
+        if not votes:
+            continue
+        said = client.inner * (math.sqrt(weight) * _root_votes(voting.subspace, client.sigma, voting.ridge_tau))
+        if not c:
+            parts.append(client.own @ said)
+            continue
+        turn, own = torch.linalg.qr(said[c:].mT, mode="complete")
+        beside, mixed = said[:c] @ turn, min(votes, said.shape[0] - c)
+        parts.append(torch.addmm(client.shared @ beside[:, :mixed], client.own, own[:mixed].mT))
+        shared.setdefault(id(client.shared), (client.shared, []))[1].append(beside[:, mixed:])
+    for basis, columns in shared.values():
+        said = torch.cat(columns, dim=1)
+        parts.append(basis @ (torch.linalg.qr(said.mT, mode="r").R.mT if said.shape[1] > said.shape[0] else said))
+    return torch.cat(parts, dim=1)
 
 
 def _root_votes(subspace: Subspace, sigma: Tensor, ridge_tau: float) -> Tensor:

@@ -42,7 +42,7 @@ _MOST_LISTED = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VoteRule:
-    """How uploads are read (`rules.Rule` with its η), cut and weighted (`subspace.reveal` and `subspace.Voting`)."""
+    """How uploads are read (`rules.Rule` with its η), cut and weighted (`reveal.reveal` and `subspace.Voting`)."""
 
     rule: Rule
     eta: float
@@ -285,7 +285,7 @@ def _votes(
 def _floor(
     rule: VoteRule, batch: Batch, cores: Cores, sizes: Sizes, modules: Sequence[ModuleRound], *, top: Tensor
 ) -> Tensor:
-    """The floor of `subspace.reveal` (M×m), for σ_1(X_i) = `top` and the sizes of ηΔW_i and D_i; it grows with all."""
+    """The floor of `reveal.reveal` (M×m), for σ_1(X_i) = `top` and the sizes of ηΔW_i and D_i; it grows with all."""
     terms, changed = top, top
     if rule.rule is not Rule.REPLACE:
         changed = sizes.change
