@@ -14,6 +14,8 @@ from glora_server.aggregation.state import LayerState
 
 _ROUNDING = 2.0**-24
 """That of float32."""
+_SAME = 1e-14
+"""How much quotients of numbers that are multiples of others may differ."""
 _SURE = 1e-3
 """What float32 may cost a number before it is computed in float64."""
 
@@ -146,23 +148,46 @@ def mean_products(terms: RoundTerms, norms: Sequence[ClientNorms]) -> MeanProduc
 
     From float32 products where those cannot cost a cosine more than 1e-3; terms that cancel and bad gauges can.
     """
-    updates = _products(terms, terms.updates, [own.update for own in norms])
+    frame, own, mean = (
+        terms.frame,
+        weighted_sum(terms.updates, terms.weights),
+        weighted_sum(terms.changes, terms.weights),
+    )
+    updates = frame.inner_products(own, rough=frame.large)
+    if frame.large and not _is_sure(terms, terms.updates, updates, [size.update for size in norms]):
+        updates = frame.inner_products(own)
     if terms.changes == terms.updates:
         return MeanProducts(updates=updates, changes=updates)
-    return MeanProducts(updates=updates, changes=_products(terms, terms.changes, [own.change for own in norms]))
+    step, beside = _beside(mean, own)
+    if beside is None:
+        return MeanProducts(updates=updates, changes=frame.inner_products(mean))
+    changes = step * updates + frame.inner_products(beside, rough=frame.large)
+    if frame.large and not _is_sure(terms, terms.changes, changes, [size.change for size in norms]):
+        changes = frame.inner_products(mean)
+    return MeanProducts(updates=updates, changes=changes)
 
 
-def _products(terms: RoundTerms, combinations: Sequence[Combination], norms: Sequence[float]) -> Tensor:
+def _is_sure(terms: RoundTerms, combinations: Sequence[Combination], products: Tensor, norms: Sequence[float]) -> bool:
+    """Whether products with the mean of the combinations are good to `_SURE` if rounding was that of float32."""
     frame, mean = terms.frame, weighted_sum(combinations, terms.weights)
-    if frame.large:
-        rough = frame.inner_products(mean, rough=True)
-        mean_norm = math.sqrt(max(0.0, float(frame.coefficients(mean) @ rough)))
-        sizes = [(frame.magnitude(mean), mean_norm)]
-        sizes += [(frame.magnitude(x), norm) for x, norm in zip(combinations, norms, strict=True) if norm]
-        sure = all(_ROUNDING * magnitude <= _SURE / 2 * norm for magnitude, norm in sizes)
-        if sure and bool(torch.isfinite(rough).all()):
-            return rough
-    return frame.inner_products(mean)
+    mean_norm = math.sqrt(max(0.0, float(frame.coefficients(mean) @ products)))
+    sizes = [(frame.magnitude(mean), mean_norm)]
+    sizes += [(frame.magnitude(x), norm) for x, norm in zip(combinations, norms, strict=True) if norm]
+    sure = all(_ROUNDING * magnitude <= _SURE / 2 * norm for magnitude, norm in sizes)
+    return sure and bool(torch.isfinite(products).all())
+
+
+def _beside(mean: Combination, part: Combination) -> tuple[float, Combination | None]:
+    """η and X with mean = η·part + X, where X has no block of `part`; None where there is no such X.
+
+    The mean change is η times the mean update less what was sent, and products with that are cheap.
+    """
+    within = {term.block: term.coefficient for term in part}
+    beside = tuple(term for term in mean if term.block not in within)
+    steps = [term.coefficient / within[term.block] for term in mean if term.block in within]
+    if len(steps) != len(part) or not steps or max(steps) - min(steps) > _SAME * max(steps):
+        return 1.0, None
+    return steps[0], beside
 
 
 def norm_outside(terms: RoundTerms, products: MeanProducts, basis: Tensor, inside: float) -> float:
@@ -177,7 +202,25 @@ def norm_outside(terms: RoundTerms, products: MeanProducts, basis: Tensor, insid
         rounding = 4 * _ROUNDING * frame.magnitude(terms.mean()) * inside
         if rounding <= _SURE * (square - inside**2):
             return math.sqrt(square - inside**2)
-    return frame.norm_outside(terms.mean(), basis)
+    mean = _rough_mean(terms) if frame.large and not frame.vast else None
+    if mean is not None:
+        low = basis.float()
+        found = float(torch.linalg.matrix_norm(mean - low @ (low.mT @ mean)))
+        if _ROUNDING * frame.magnitude(terms.mean()) <= _SURE / 2 * found < math.inf:
+            return found
+    rest = frame.outside(terms.mean(), basis)
+    if frame.large:
+        found = rest.rough_norm()
+        if _ROUNDING * rest.magnitude() <= _SURE / 2 * found < math.inf:
+            return found
+    return rest.norm()
+
+
+def _rough_mean(terms: RoundTerms) -> Tensor | None:
+    """M in float32, from ΣpΔW if it is that and little beside."""
+    own = weighted_sum(terms.updates, terms.weights)
+    step, beside = _beside(terms.mean(), own)
+    return None if beside is None else step * terms.frame.rough_matrix(own) + terms.frame.rough_matrix(beside)
 
 
 def client_diagnostics(

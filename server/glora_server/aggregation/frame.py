@@ -16,7 +16,7 @@ wide ones, 4(d + n)·cols·R to come back; inner products are linear in cols bey
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -31,6 +31,8 @@ _LEAST, _MOST = 1e-12, 1e12
 """Norms of columns that float32 holds, and whose products it holds as well."""
 _LARGE = 1 << 26
 """Multiplications from which a product for diagnostics is tried in float32."""
+_VAST = 1 << 20
+"""Numbers of a matrix that is formed no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +71,25 @@ class Coordinates:
         right = self.right
         if right.shape[1] < min(right.shape[0], self.left.shape[0]):
             right = torch.linalg.qr(right, mode="r").R
-        parts = [torch.linalg.matrix_norm(rows @ right.mT) for rows in _some_rows(self.left)]
-        return math.hypot(*(float(part) for part in parts))
+        return _product_norm(self.left, right)
+
+    def rough_norm(self) -> float:
+        """The same in float32, which costs it up to 6e-8 of the magnitude."""
+        rough = self.in_float32()
+        return _product_norm(rough.left, rough.right)
+
+    def in_float32(self) -> "Coordinates":
+        """All columns in float32.
+
+        Rounding is relative to each number, so a gauge takes no part in it; one that could leave float32's range is
+        balanced first, so that columns of the right have norm 1.
+        """
+        left, right = self.left, self.right
+        if not (_is_moderate(left) and _is_moderate(right)):
+            norms = torch.linalg.vector_norm(right, dim=0)
+            norms = torch.where(norms > 0, norms, 1.0)
+            left, right = left * norms, right / norms
+        return Coordinates(left=left.float().contiguous(), right=right.float())
 
     def norms(self) -> tuple[float, float]:
         """Largest singular value of X, and ‖X‖_F."""
@@ -90,6 +109,11 @@ class Coordinates:
         t_right = torch.linalg.qr(self.right, mode="r").R
         core: Tensor = t_left @ t_right.mT
         return core
+
+
+def _product_norm(left: Tensor, right: Tensor) -> float:
+    parts = [torch.linalg.vector_norm(times_transposed(rows, right), dtype=COMPUTE_DTYPE) for rows in _some_rows(left)]
+    return math.hypot(*torch.stack(parts).tolist())
 
 
 def _column_magnitudes(left: Tensor, right: Tensor) -> Tensor:
@@ -118,6 +142,7 @@ class JointFrame:
         self._right = _Side([block.right.mT for block in blocks])
         ends = torch.tensor([block.left.shape[1] for block in blocks]).cumsum(0).tolist()
         self._spans = [slice(end - block.left.shape[1], end) for end, block in zip(ends, blocks, strict=True)]
+        self._formed: tuple[Combination, Tensor] | None = None
 
     def columns(self, block: int) -> tuple[Tensor, Tensor]:
         """Left (q_L×k) and right (q_R×k) columns of a block in coordinates; not to be written to."""
@@ -126,13 +151,7 @@ class JointFrame:
 
     def coordinates(self, combination: Combination) -> Coordinates:
         """The combination in coordinates; O(q) per column."""
-        left, right = self._left.columns, self._right.columns
-        if not combination:
-            return Coordinates(left=left[:, :0], right=right[:, :0])
-        return Coordinates(
-            left=torch.cat([left[:, self._spans[t.block]] * t.coefficient for t in combination], dim=1),
-            right=torch.cat([right[:, self._spans[t.block]] for t in combination], dim=1),
-        )
+        return self._of(Coordinates(left=self._left.columns, right=self._right.columns), combination)
 
     def inner_products(self, combination: Combination, *, rough: bool = False) -> Tensor:
         """⟨block_i, X⟩ = Σ L_i∘(XR_i) for every block, float64: inner products of combinations with X follow from it.
@@ -141,51 +160,66 @@ class JointFrame:
         else 2(q_L + q_R)·cols·(columns of X). `rough`: in float32, which costs a combination Y up to 6e-8 of
         ‖Y‖·magnitude(X) + magnitude(Y)·‖X‖, for X is formed before it meets a block.
         """
-        if rough:
-            left, right, weights = self._rough.left, self._rough.right, self._by_column(combination).float()
-            rows = (times_transposed(some * weights, right) for some in _some_rows(left))
-            images = (times_transposed(some, right.mT) for some in rows)
-        else:
-            found, left, right = self.coordinates(combination), self._left.columns, self._right.columns
-            narrow = found.left.shape[1] < min(found.left.shape[0], found.right.shape[0])
-            seen = found.right.mT @ right if narrow else None
-            images = (
-                (some @ found.right.mT) @ right if seen is None else some @ seen for some in _some_rows(found.left)
-            )
-        by_column = right.new_zeros(right.shape[1], dtype=COMPUTE_DTYPE)
-        for some, image in zip(_some_rows(left), images, strict=True):
+        whole = self._rough if rough else Coordinates(left=self._left.columns, right=self._right.columns)
+        found = self._of(whole, combination)
+        if found.left.shape[1] < min(found.left.shape[0], found.right.shape[0]):
+            seen = times_transposed(found.right.mT, whole.right.mT)
+            return self._by_block(whole, (times_transposed(some, seen.mT) for some in _some_rows(found.left)))
+        rows: Iterable[Tensor] = (times_transposed(some, found.right) for some in _some_rows(found.left))
+        if rough and not self.vast:
+            rows = _some_rows(self.rough_matrix(combination))
+        return self._by_block(whole, (times_transposed(some, whole.right.mT) for some in rows))
+
+    def rough_matrix(self, combination: Combination) -> Tensor:
+        """X (q_L×q_R) in float32, the last one of which is kept; for frames that are not `vast`."""
+        if self._formed is None or self._formed[0] != combination:
+            found = self._of(self._rough, combination)
+            self._formed = combination, times_transposed(found.left, found.right)
+        return self._formed[1]
+
+    def _by_block(self, whole: Coordinates, images: Iterable[Tensor]) -> Tensor:
+        """Σ L_i∘Y_i for every block, from Y some rows at a time."""
+        by_column = whole.right.new_zeros(whole.right.shape[1], dtype=COMPUTE_DTYPE)
+        for some, image in zip(_some_rows(whole.left), images, strict=True):
             by_column += (some * image).sum(dim=0)
         return torch.stack([by_column[span].sum() for span in self._spans])
 
-    def norm_outside(self, combination: Combination, basis: Tensor) -> float:
-        """‖(I − P)X‖_F, P the projection onto `basis` (q_L×m, orthonormal)."""
+    def _of(self, whole: Coordinates, combination: Combination) -> Coordinates:
+        """The combination, from all columns in one dtype or another."""
+        if len(combination) > len(self._spans) // 2:  # then the columns as they stand, some of them with weight 0
+            weights = self.coefficients(combination).repeat_interleave(self._widths)
+            return Coordinates(left=whole.left * weights.to(whole.left.dtype), right=whole.right)
+        spans = [self._spans[term.block] for term in combination]
+        parts = [whole.left[:, span] * term.coefficient for span, term in zip(spans, combination, strict=True)]
+        return Coordinates(
+            left=torch.cat([whole.left[:, :0], *parts], dim=1),
+            right=torch.cat([whole.right[:, :0], *(whole.right[:, span] for span in spans)], dim=1),
+        )
+
+    @cached_property
+    def _widths(self) -> Tensor:
+        widths = [span.stop - span.start for span in self._spans]
+        return torch.tensor(widths, device=self._left.columns.device)
+
+    def outside(self, combination: Combination, basis: Tensor) -> Coordinates:
+        """(I − P)X, P the projection onto `basis` (q_L×m, orthonormal)."""
         found = self.coordinates(combination)
-        return Coordinates(left=found.left - basis @ (basis.mT @ found.left), right=found.right).norm()
+        return Coordinates(left=found.left - basis @ (basis.mT @ found.left), right=found.right)
 
     @cached_property
     def _rough(self) -> Coordinates:
-        """All columns in float32, half the memory of the float64 ones once more.
-
-        Rounding is relative to each number, so a gauge takes no part in it; one that could leave float32's range is
-        balanced first, so that columns of the right have norm 1.
-        """
-        left, right = self._left.columns, self._right.columns
-        if _is_moderate(left) and _is_moderate(right):
-            return Coordinates(left=left.float().contiguous(), right=right.float())
-        norms = torch.linalg.vector_norm(right, dim=0)
-        norms = torch.where(norms > 0, norms, 1.0)
-        return Coordinates(left=(left * norms).float().contiguous(), right=(right / norms).float())
-
-    def _by_column(self, combination: Combination) -> Tensor:
-        """The combination's coefficient of every column."""
-        of_block = self.coefficients(combination)
-        sizes = torch.tensor([span.stop - span.start for span in self._spans], device=of_block.device)
-        return of_block.repeat_interleave(sizes)
+        """All columns in float32, half the memory of the float64 ones once more."""
+        return Coordinates(left=self._left.columns, right=self._right.columns).in_float32()
 
     @property
     def large(self) -> bool:
         """Whether products of all columns cost so much that float32 is worth a try."""
         return self._left.columns.numel() * self._right.columns.shape[0] >= _LARGE
+
+    @property
+    def vast(self) -> bool:
+        """Whether a matrix in coordinates is too large to be formed."""
+        return self._left.columns.shape[0] * self._right.columns.shape[0] > _VAST
 
     def magnitude(self, combination: Combination) -> float:
         """Σ_k‖l_k‖‖r_k‖ of the combination, as `Coordinates.magnitude` would have it."""
@@ -206,10 +240,10 @@ class JointFrame:
 
     def coefficients(self, combination: Combination) -> Tensor:
         """The combination as a vector over the blocks: its product with `inner_products(X)` is ⟨combination, X⟩."""
-        vector = self._left.columns.new_zeros(len(self._spans))
+        values = [0.0] * len(self._spans)
         for term in combination:
-            vector[term.block] += term.coefficient
-        return vector
+            values[term.block] += term.coefficient
+        return self._left.columns.new_tensor(values)
 
     def lift_left(self, coordinates: Tensor) -> Tensor:
         """Q_L · coordinates (q_L×m → d×m)."""
