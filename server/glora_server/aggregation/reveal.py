@@ -134,8 +134,7 @@ def _of_some(
     c, p = common.left.shape[1], common.right.shape[1]
     changed[:, :c, :p] += torch.stack([common.core(change[1:]) for change in changes])
     steps = singular_values(torch.linalg.qr(step, mode="r").R @ torch.linalg.qr(right, mode="r").R.mT)
-    largest = torch.linalg.eigvalsh(changed @ changed.mT)[:, -1].clamp(min=0).sqrt()
-    sizes = [t.tolist() for t in (largest, _norms(changed), steps[:, 0], torch.linalg.vector_norm(steps, dim=1))]
+    sizes = [t.tolist() for t in (*_sizes(changed), steps[:, 0], torch.linalg.vector_norm(steps, dim=1))]
     changed[:, :c, :p] += common.core(base)
     found = svd(changed)
     for i, (top, norm, own_top, own_norm) in enumerate(zip(*sizes, strict=True)):
@@ -186,6 +185,9 @@ def _joined(columns: Sequence[Tensor], basis: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([(cross + again).view(m, r, -1).mT, fold], dim=1), beyond
 
 
-def _norms(matrices: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.matrix_norm(matrices)
-    return norms
+def _sizes(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest singular values and Frobenius norms (m); the former from squares, which is half the work."""
+    unit = matrices.abs().amax(dim=(1, 2)).clamp(min=torch.finfo(matrices.dtype).tiny)
+    scaled = matrices / unit[:, None, None]
+    squares = torch.linalg.eigvalsh(scaled @ scaled.mT)[:, -1].clamp(min=0)
+    return squares.sqrt() * unit, torch.linalg.matrix_norm(scaled) * unit

@@ -21,6 +21,8 @@ from glora_server.aggregation.frame import Block
 from glora_server.aggregation.state import LayerState
 
 _ROUNDING = 1e-7
+_HEAD = 4.0
+"""How much more a Frobenius norm may say of rounding than a spectral one."""
 _WELL_CONDITIONED = 1e-6
 
 
@@ -33,7 +35,7 @@ def tail_of(states: Sequence[LayerState | None], sent: Sequence[Block], gains: S
     u, a = _state_factors(states, like=sent[0])
     sent_b, sent_a = _stacked([block.left for block in sent]), _stacked([block.right for block in sent])
     gain, wide_b, wide_a = torch.tensor(gains, dtype=torch.float64, device=u.device), sent_b.double(), sent_a.double()
-    left, rows, floor = _sides(u, a, wide_b, wide_a, gain[:, None, None])
+    left, rows, floor = _sides(u, a, wide_b, gain[:, None, None] * wide_a)
     u, sigma, vt = _svd(left, rows, floor)
     inner = ((wide_b.mT @ wide_b) * (wide_a @ wide_a.mT)).sum(dim=(1, 2))
     return Tail(
@@ -52,17 +54,36 @@ def _state_factors(states: Sequence[LayerState | None], *, like: Block) -> tuple
     return _stacked(us).double(), _stacked(rows).double()
 
 
-def _sides(u: Tensor, a: Tensor, b: Tensor, sent_a: Tensor, gain: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _sides(u: Tensor, a: Tensor, b: Tensor, scaled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """L (M×d×k), W (M×k×n), and what is rounding (M×1) of the largest term that T is the difference of."""
-    on_sent = gain[..., 0] * _norms(sent_a, dim=2)
-    sizes = torch.cat([_norms(a, dim=2), _norms(b, dim=1) * on_sent], dim=1)  # U is orthonormal
+    sizes = torch.cat([_norms(a, dim=2), _norms(b, dim=1) * _norms(scaled, dim=2)], dim=1)  # U is orthonormal
     floor = _ROUNDING * (sizes.amax(dim=1, keepdim=True) if sizes.shape[1] else sizes.new_zeros((len(sizes), 1)))
+    if _is_head(u, a, b, scaled, floor):
+        return u[..., b.shape[2] :], a[:, b.shape[2] :], floor
     cross = u.mT @ b
-    rest, rows = torch.baddbmm(b, u, cross, alpha=-1), torch.baddbmm(a, gain * cross, sent_a, alpha=-1)
-    weighted = rest * on_sent[:, None]
+    rest, rows = torch.baddbmm(b, u, cross, alpha=-1), torch.baddbmm(a, cross, scaled, alpha=-1)
+    weighted = rest * _norms(scaled, dim=2)[:, None]
     if not b.shape[2] or bool((torch.linalg.eigvalsh(weighted.mT @ weighted)[:, -1:] <= floor.square()).all()):
         return u, rows, floor
-    return torch.cat([u, rest], dim=2), torch.cat([rows, -gain * sent_a], dim=1), floor
+    return torch.cat([u, rest], dim=2), torch.cat([rows, -scaled], dim=1), floor
+
+
+def _is_head(u: Tensor, a: Tensor, b: Tensor, scaled: Tensor, floor: Tensor) -> bool:
+    """Whether what was sent is the state's first directions, one by one, but for rounding: T is the others then.
+
+    So it is with what a readout makes at a wire of float32. Column j of B0 is g·u_j and row j of gain·A0 is h·a_j; what
+    they have beside that, and g·h beside 1, is bounded by Frobenius norms.
+    """
+    q = b.shape[2]
+    if not 0 < q <= u.shape[2]:
+        return False
+    head, rows = u[..., :q], a[:, :q]
+    squares = rows.square().sum(dim=2).clamp(min=torch.finfo(a.dtype).tiny)
+    on_b, on_a = (head * b).sum(dim=1), (rows * scaled).sum(dim=2) / squares
+    beside_b = _norms(torch.addcmul(b, head, on_b[:, None], value=-1), dim=1) * _norms(scaled, dim=2)
+    beside_a = _norms(torch.addcmul(scaled, rows, on_a[..., None], value=-1), dim=2) * on_b.abs()
+    parts = torch.cat([beside_b, beside_a, (on_b * on_a - 1) * squares.sqrt()], dim=1)
+    return bool((_norms(parts, dim=1) <= _HEAD * floor[:, 0]).all())
 
 
 def _svd(left: Tensor, rows: Tensor, floor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
