@@ -6,6 +6,7 @@ import contextlib
 import re
 
 from federation import Federation
+from glora_processes import until
 from live_site import RUN, add_run
 from playwright.sync_api import TimeoutError as PlaywrightTimeout
 from playwright.sync_api import expect
@@ -134,10 +135,17 @@ def test_older_rounds_are_in_parts(site: Federation, visit: Visitor) -> None:
     numbers = card.get_by_role("link", name=re.compile(r"^\d+$"))
     card.get_by_role("button", name="Older").click()
     expect(card.locator(".pager")).to_contain_text("11 to")
-    older = [int(text) for text in numbers.all_inner_texts()]
+
+    def shown() -> list[int]:
+        return [int(text) for text in numbers.all_inner_texts()]
+
+    # What stands below the pager comes a moment after it.
+    until(lambda: 0 < max(shown(), default=0) <= site.show_run(RUN).rounds_done - 5, "the older rounds are shown")
+    older = shown()
     card.get_by_role("button", name="Newer").click()
     expect(card.locator(".pager")).to_contain_text("1 to 10")
-    newest = [int(text) for text in numbers.all_inner_texts()]
+    until(lambda: max(shown(), default=0) > site.show_run(RUN).rounds_done - 5, "the newest rounds are shown")
+    newest = shown()
     assert newest
     assert older
     assert max(older) < min(newest), "rounds that began in the meantime make the newest ones newer still"

@@ -19,6 +19,9 @@ RULES = ("replace", "delta", "frozen_tail", "accumulate")
 SMALL_GAP = 1e-5
 
 few = settings(max_examples=60, deadline=None)
+# 1 − η of the state is left over where a device returns it changed; the dense reference squares what it sees for
+# energies, so that it cannot tell less than 1e-7 of the largest from nothing.
+steps = st.floats(0.1, 1.5).filter(lambda eta: eta == 1.0 or abs(1.0 - eta) > 1e-3)
 subspaces = st.sampled_from(SUBSPACES)
 
 
@@ -56,7 +59,7 @@ def test_replace_agrees_with_the_dense_reference(case: Case, subspace: str) -> N
     subspace=subspaces,
     rule=st.sampled_from(RULES[1:]),
     held=st.integers(1, 6),
-    eta=st.floats(0.1, 1.5),
+    eta=steps,
 )
 @few
 def test_rules_with_a_state_agree_with_the_dense_reference(
