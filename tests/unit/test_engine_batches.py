@@ -97,6 +97,7 @@ def test_strategies_without_batches_do_not_mind(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("accuracy", ["exact", "fast"])
 def test_threads_give_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, accuracy: str) -> None:
     job = shard(tmp_path, monkeypatch, StrategyChoice(name="glora", options={"accuracy": accuracy}))
+    monkeypatch.setattr(folding, "_WORTH_A_THREAD", 0)
     assert folding.fold(job, cases.CPU, threads=3) == folding.fold(job, cases.CPU)
 
 
@@ -114,6 +115,7 @@ def test_a_thread_takes_no_more_cores_than_it_was_given(tmp_path: Path, monkeypa
         return fold_modules(modules, job)
 
     monkeypatch.setattr(folding, "_fold_modules", asked)
+    monkeypatch.setattr(folding, "_WORTH_A_THREAD", 0)
     torch.set_num_threads(1)
     try:
         folding.fold(job, cases.CPU, threads=3)
@@ -128,6 +130,7 @@ def test_threads_work_at_once_on_what_there_is_room_for(
 ) -> None:
     job = shard(tmp_path, monkeypatch)
     monkeypatch.setattr(folding, "_CPU_BYTES", room)
+    monkeypatch.setattr(folding, "_WORTH_A_THREAD", 0)
     meeting = threading.Barrier(at_once)
     fold_modules, workers = folding._fold_modules, set()
 
@@ -145,8 +148,22 @@ def test_threads_work_at_once_on_what_there_is_room_for(
     assert [item.part.name for item in made] == [part.name for part in job.parts]
 
 
+def test_small_modules_are_not_worth_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = shard(tmp_path, monkeypatch)
+    fold_modules, workers = folding._fold_modules, set()
+
+    def noted(modules: Sequence[folding._Module], job: AggregateJob) -> dict[int, AggregatedPart]:
+        workers.add(threading.current_thread())
+        return fold_modules(modules, job)
+
+    monkeypatch.setattr(folding, "_fold_modules", noted)
+    folding.fold(job, cases.CPU, threads=3)
+    assert workers == {threading.current_thread()}
+
+
 def test_a_thread_that_fails_names_the_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = shard(tmp_path, monkeypatch)
+    monkeypatch.setattr(folding, "_WORTH_A_THREAD", 0)
     broken = replace(job.updates[1], scales={**job.updates[1].scales, "enc.1.query": float("nan")})
     job = replace(job, updates=(job.updates[0], broken, job.updates[2]))
     with pytest.raises(GloraError, match=r"^enc\.1\.query could not be aggregated: Update 1 .*1 = r4") as caught:

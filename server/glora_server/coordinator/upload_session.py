@@ -147,6 +147,7 @@ class UploadSession:
 
     async def finish(self, digest: Digest) -> UploadStatus:
         """Check the whole update against `digest`, hand it in, wait for the verdict."""
+        self._place.give_back()  # all bytes are here: what gRPC reads ahead is somebody else's now
         async with self.idle:
             spool = self._open_spool()
             if digest != self._header.digest:

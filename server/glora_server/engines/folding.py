@@ -38,6 +38,8 @@ Factors = tuple[Tensor, Tensor]
 
 _CPU_BYTES = 256 << 20
 """Uploads that threads on a CPU have in memory at once; exact computations take up to twelve times that beyond."""
+_WORTH_A_THREAD = 512 << 10
+"""Uploads of one module; threads with less to compute wait for the interpreter more than they help one another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,9 +143,8 @@ def _in_threads(
 ) -> dict[int, AggregatedPart]:
     """The same, one module a thread: factors are too narrow to share the work of one module among threads."""
     made: dict[int, AggregatedPart] = {}
-    if not tasks:
-        return made
-    together = min(threads, len(tasks), _CPU_BYTES // max(1, *(task.size for task in tasks)))
+    largest = max((task.size for task in tasks), default=0)
+    together = min(threads, len(tasks), _CPU_BYTES // max(1, largest)) if largest >= _WORTH_A_THREAD else 1
 
     def one(task: _Task) -> dict[int, AggregatedPart]:
         return _fold_modules([_load(task, job, device)], job)
